@@ -1,0 +1,1 @@
+"""One biomedical dataset a module."""

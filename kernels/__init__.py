@@ -1,0 +1,1 @@
+"""Packed-sequence ops of LLaMA LoRA training, each with its reference."""

@@ -1,0 +1,1 @@
+"""The LLaMA model: configuration, weights, tokenizers, templates, generation."""

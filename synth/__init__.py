@@ -1,0 +1,1 @@
+"""Instruction records: readers, converters, synthesis. Imports no torch."""

@@ -1,0 +1,1 @@
+"""The demo recipe, its data and its model."""
