@@ -1,1 +1,24 @@
-"""Packed-sequence ops of LLaMA LoRA training, each with its reference."""
+"""Packed-sequence ops of LLaMA LoRA training, one file an op, each with its reference."""
+
+from bioinstruct.kernels.attention import Documents, attention
+from bioinstruct.kernels.cross_entropy import linear_cross_entropy
+from bioinstruct.kernels.dropout import Dropout
+from bioinstruct.kernels.lora import Branch, lora_linear
+from bioinstruct.kernels.rmsnorm import rmsnorm
+from bioinstruct.kernels.rope import Heads, Rotation, rope, split_rope
+from bioinstruct.kernels.swiglu import swiglu
+
+__all__ = [
+    "Branch",
+    "Documents",
+    "Dropout",
+    "Heads",
+    "Rotation",
+    "attention",
+    "linear_cross_entropy",
+    "lora_linear",
+    "rmsnorm",
+    "rope",
+    "split_rope",
+    "swiglu",
+]

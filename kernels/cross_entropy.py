@@ -1,0 +1,102 @@
+"""Linear cross-entropy over supervised rows only; the logits never exist as a whole.
+
+    loss = scale * sum_s ( logsumexp(z_s) - z_s[label_s] ),   z_s = h[rows_s] W^T
+
+The gradient with respect to h is computed chunk by chunk in the forward pass, in the buffer of the
+logits: dz = scale * (softmax(z) - onehot). The head W is frozen. scale is 1 / supervised tokens of
+the whole step, known before the forward pass, so gradients of micro-batches and ranks just add up.
+
+Shapes   T = packed tokens, D = model width, S = supervised rows, V = vocabulary.
+Numerics Logits by one GEMM in h's dtype; log-sum-exp, loss and softmax in at least float32.
+Saved    dh_SD of the supervised rows.
+Bound    FLOPs: 4*S*D*V with gradient, 2*S*D*V without; a chunk of logits is written and read once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 32 << 20  # logits of one chunk, wide: in the reach of a CPU's last-level cache
+
+
+# ---- reference ---------------------------------------------------------------------------------
+
+
+def linear_cross_entropy_reference(
+    h_TD: Tensor, w_VD: Tensor, rows_S: Tensor, labels_S: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Compute what linear_cross_entropy must compute, with whole logits and plain autograd."""
+    wide = torch.promote_types(h_TD.dtype, torch.float32)
+    z_SV = (h_TD[rows_S] @ w_VD.to(h_TD.dtype).T).to(wide)
+    picked_S = z_SV.gather(1, labels_S[:, None])[:, 0]
+    return (z_SV.logsumexp(-1) - picked_S).sum() * scale
+
+
+# ---- autograd ----------------------------------------------------------------------------------
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_TD: Tensor, w_VD: Tensor, rows_S: Tensor, labels_S: Tensor, scale: float
+    ) -> Tensor:
+        wide = torch.promote_types(h_TD.dtype, torch.float32)
+        S, V = len(rows_S), len(w_VD)
+        loss = torch.zeros((), dtype=wide, device=h_TD.device)
+        wants_grad = ctx.needs_input_grad[0]
+        dh_SD = h_TD.new_empty(S, h_TD.shape[1]) if wants_grad else None
+        chunk = max(1, CHUNK_BYTES // (V * wide.itemsize))
+        for start in range(0, S, chunk):
+            part = slice(start, start + chunk)
+            z = (h_TD[rows_S[part]] @ w_VD.T).to(wide)
+            lse = z.logsumexp(-1, keepdim=True)
+            labels = labels_S[part, None]
+            loss += (lse - z.gather(1, labels)).sum()
+            if dh_SD is not None:
+                dz = z.sub_(lse).exp_().scatter_add_(1, labels, -torch.ones_like(lse)).mul_(scale)
+                torch.mm(dz.to(h_TD.dtype), w_VD, out=dh_SD[part])
+        if dh_SD is not None:
+            ctx.save_for_backward(dh_SD, rows_S)
+            ctx.shape = h_TD.shape
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        dh_SD, rows_S = ctx.saved_tensors
+        dh_TD = dh_SD.new_zeros(ctx.shape)
+        # a row may be supervised once only, so plain copies need no accumulation
+        dh_TD[rows_S] = dh_SD * dloss.to(dh_SD.dtype)
+        return dh_TD, None, None, None, None
+
+
+def linear_cross_entropy(
+    h_TD: Tensor, w_VD: Tensor, rows_S: Tensor, labels_S: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Sum of the supervised tokens' negative log-likelihoods, times scale.
+
+    Args:
+        h_TD: (T, D) final hidden states.
+        w_VD: (V, D) output head, frozen, in h's dtype.
+        rows_S: (S,) int64, the supervised rows of h, each at most once; S may be 0.
+        labels_S: (S,) int64, the token that follows each of these rows.
+        scale: factor of the loss and its gradient.
+
+    Returns:
+        A scalar in at least float32; zero, with zero gradients, when S is 0.
+
+    Raises:
+        ValueError: if the shapes do not match.
+    """
+    if h_TD.ndim != 2 or w_VD.ndim != 2 or h_TD.shape[1] != w_VD.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy needs h_TD (T, D) and w_VD (V, D), got {tuple(h_TD.shape)}, "
+            f"{tuple(w_VD.shape)}"
+        )
+    if rows_S.shape != labels_S.shape or rows_S.ndim != 1:
+        raise ValueError(
+            f"rows_S and labels_S must be (S,) alike, got {tuple(rows_S.shape)}, "
+            f"{tuple(labels_S.shape)}"
+        )
+    loss: Tensor = _LinearCrossEntropy.apply(h_TD, w_VD, rows_S, labels_S, scale)
+    return loss

@@ -1,0 +1,182 @@
+"""LoRA linear: a frozen weight and its trainable low-rank branches, forward and backward.
+
+    y  = x W^T + t B^T,   t  = s (m*x) A^T                  (Hu et al. 2021, arXiv 2106.09685)
+    dx = dy W  + m*(ds A),   ds = s dy B,   dA = ds^T (m*x),   dB = dy^T t
+
+Projections that share their input (q, k, v; gate, up) are one call: their weights lie one below
+the other in W, each adapted one is a branch with its own A and B for its rows of W, and x is read
+once for all of them. m is the dropout mask of the branches' input (inverted scale included), the
+same for a whole group, regenerated in the backward pass.
+
+Shapes   T = packed tokens, K = input features, N = output features of the group, R = sum of the
+         branches' ranks.
+Numerics W, x, y in the compute dtype; A and B are float32 masters, cast when they are used; library
+         GEMMs accumulate in float32. dA and dB are returned in the masters' dtype.
+Saved    x_TK, t_TR; W, A and B are only referred to.
+Bound    FLOPs: 2*T*N*K each way for W, about R/N + R/K of that for the branches each way, half as
+         much again in the backward pass for dA and dB.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bioinstruct.kernels.dropout import Dropout
+
+
+class Branch(NamedTuple):
+    """The adapter of one projection of a group."""
+
+    a_RK: Tensor
+    """(R, K) down projection, float32 master."""
+    b_NR: Tensor
+    """(N, R) up projection, float32 master, zero at the start, not scaled."""
+    start: int
+    """First row of the group's weight that belongs to this projection."""
+
+
+# ---- reference ---------------------------------------------------------------------------------
+
+
+def lora_linear_reference(
+    x_TK: Tensor,
+    w_NK: Tensor,
+    branches: Sequence[Branch],
+    scale: float,
+    dropout: Dropout | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Compute what lora_linear must compute, branch by branch, through plain autograd."""
+    y_TN = x_TK @ w_NK.to(x_TK.dtype).T
+    if dropout is not None:
+        x_TK = x_TK * dropout.mask(site, x_TK.shape[1], x_TK.dtype)
+    for a_RK, b_NR, start in branches:
+        update = scale * (x_TK @ a_RK.to(x_TK.dtype).T) @ b_NR.to(x_TK.dtype).T
+        pad = (start, y_TN.shape[1] - start - len(b_NR))
+        y_TN = y_TN + torch.nn.functional.pad(update, pad)
+    return y_TN
+
+
+# ---- autograd ----------------------------------------------------------------------------------
+
+
+class _Group(NamedTuple):
+    """What a call needs beside its tensors."""
+
+    scale: float
+    dropout: Dropout | None
+    site: int
+    starts: tuple[int, ...]
+
+
+def _parts(group: _Group, masters: Sequence[Tensor]) -> list[tuple[slice, slice, Tensor, Tensor]]:
+    """Pair each branch's A and B with its columns of y and of t."""
+    parts, rank = [], 0
+    for start, a_RK, b_NR in zip(group.starts, masters[::2], masters[1::2], strict=True):
+        ranks = slice(rank, rank := rank + len(a_RK))
+        parts.append((slice(start, start + len(b_NR)), ranks, a_RK, b_NR))
+    return parts
+
+
+def _stacked_a(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (masters[0] if len(masters) == 2 else torch.cat(tuple(masters[::2]))).to(dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    # the masters are inputs, or the first layer, whose x needs no gradient, would never be visited
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: _Group, *masters: Tensor) -> Tensor:
+        inner_TK = x_TK
+        if group.dropout is not None:
+            inner_TK = x_TK * group.dropout.mask(group.site, x_TK.shape[1], x_TK.dtype)
+        t_TR = torch.mm(inner_TK, _stacked_a(masters, x_TK.dtype).T).mul_(group.scale)
+        y_TN = torch.mm(x_TK, w_NK.T)
+        for columns, ranks, _, b_NR in _parts(group, masters):
+            y_TN[:, columns].addmm_(t_TR[:, ranks], b_NR.to(x_TK.dtype).T)
+        ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
+        ctx.group = group
+        return y_TN
+
+    @staticmethod
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, w_NK, t_TR, *masters = ctx.saved_tensors
+        group: _Group = ctx.group
+        ds_TR = torch.empty_like(t_TR)
+        gradients: list[Tensor | None] = [None] * len(masters)
+        for i, (columns, ranks, _, b_NR) in enumerate(_parts(group, masters)):
+            dy_part = dy_TN[:, columns]
+            ds_TR[:, ranks] = torch.mm(dy_part, b_NR.to(dy_TN.dtype))
+            gradients[2 * i + 1] = torch.mm(dy_part.T, t_TR[:, ranks]).to(b_NR.dtype)
+        ds_TR.mul_(group.scale)
+        mask_TK = None
+        if group.dropout is not None:
+            mask_TK = group.dropout.mask(group.site, x_TK.shape[1], x_TK.dtype)
+        da_RK = torch.mm(ds_TR.T, x_TK if mask_TK is None else x_TK * mask_TK)
+        for i, (_, ranks, a_RK, _) in enumerate(_parts(group, masters)):
+            gradients[2 * i] = da_RK[ranks].to(a_RK.dtype)
+        dx_TK = None
+        if ctx.needs_input_grad[0]:
+            a_RK = _stacked_a(masters, dy_TN.dtype)
+            dx_TK = torch.mm(dy_TN, w_NK)
+            if mask_TK is None:
+                dx_TK.addmm_(ds_TR, a_RK)
+            else:
+                dx_TK.addcmul_(torch.mm(ds_TR, a_RK), mask_TK)
+        return dx_TK, None, None, *gradients
+
+
+def lora_linear(
+    x_TK: Tensor,
+    w_NK: Tensor,
+    branches: Sequence[Branch] = (),
+    scale: float = 1.0,
+    dropout: Dropout | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Frozen linear of one projection, or of a group that shares its input, plus LoRA branches.
+
+    Args:
+        x_TK: (T, K) activations.
+        w_NK: (N, K) frozen weight in x's dtype; a group's weights lie one below the other.
+        branches: adapters of the adapted projections; empty for the plain frozen linear.
+        scale: alpha / r, applied to every branch.
+        dropout: masks of the branches' input, or None.
+        site: number of this group in the model, which the masks depend on.
+
+    Returns:
+        (T, N), in x's dtype.
+
+    Raises:
+        ValueError: if the shapes do not match or branches overlap.
+    """
+    if x_TK.ndim != 2 or w_NK.ndim != 2 or x_TK.shape[1] != w_NK.shape[1]:
+        raise ValueError(
+            f"lora_linear needs x_TK (T, K) and w_NK (N, K), got {tuple(x_TK.shape)}, "
+            f"{tuple(w_NK.shape)}"
+        )
+    if not branches:
+        return torch.mm(x_TK, w_NK.T)
+    _check(branches, *w_NK.shape)
+    group = _Group(scale, dropout, site, tuple(b.start for b in branches))
+    masters = [m for branch in branches for m in (branch.a_RK, branch.b_NR)]
+    y_TN: Tensor = _LoraLinear.apply(x_TK, w_NK, group, *masters)
+    return y_TN
+
+
+def _check(branches: Sequence[Branch], N: int, K: int) -> None:
+    end = 0
+    for a_RK, b_NR, start in branches:
+        if a_RK.shape[1] != K or a_RK.shape[0] != b_NR.shape[1]:
+            raise ValueError(
+                f"a LoRA branch needs A (R, {K}) and B (N, R), got {tuple(a_RK.shape)}, "
+                f"{tuple(b_NR.shape)}"
+            )
+        if start < end or start + len(b_NR) > N:
+            raise ValueError(
+                f"LoRA branches must be in order and within the weight's {N} rows; one covers rows "
+                f"{start} to {start + len(b_NR)}"
+            )
+        end = start + len(b_NR)

@@ -1,0 +1,209 @@
+"""Byte-level BPE (LLaMA 3, SmolLM, Qwen): `tiktoken` does the merging, at some 5 MB/s.
+
+A text is split into words by a regular expression; the bytes of each word are joined pair by pair,
+always the pair that comes first in the list of merges, until no neighbours are on it.
+
+tiktoken knows ranks of tokens, not merges of pairs, and joins any two neighbours whose bytes make a
+token. So that this is the same thing, a token's rank is the place of the merge that makes it when
+its own bytes are encoded alone, and tokens that the merges do not make from their bytes get none.
+Then tiktoken is exact: two neighbours l, r in a word have been formed inside their span by the very
+steps of encoding l + r alone (no step crossed its borders). Either that goes on to join them, and
+(l, r) is the merge that gave the token its rank; or it stops, and the token has no rank.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import regex  # type: ignore[import-untyped]  # what tiktoken itself depends on
+import tiktoken
+
+from bioinstruct.model.bpe_files import ByteVocabulary
+from bioinstruct.model.tokenizer import Tokenizer
+
+# tiktoken's matcher overflows its stack on a run of a million blanks
+MAX_BLANKS = 500_000
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the printable character for each byte, as GPT-2 chose them: character -> byte.
+
+    Bytes that are printable in Latin-1 stand for themselves, the others for U+0100 and on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(hidden)
+    }
+
+
+class ByteBPE(Tokenizer):
+    """A byte-level BPE tokenizer.
+
+    Args:
+        source: the file the vocabulary came from.
+        vocabulary: its tokens, merges and settings.
+
+    Raises:
+        ValueError: the parts of the vocabulary contradict each other.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, source: Path, vocabulary: ByteVocabulary) -> None:
+        texts = {text: _bytes(text, source) for text in vocabulary.tokens}
+        super().__init__(
+            source,
+            pieces=_pieces(vocabulary, texts, source),
+            controls=vocabulary.controls,
+            bos_id=vocabulary.bos_id,
+            eos_id=vocabulary.eos_id,
+            adds_bos=vocabulary.adds_bos,
+            lossless=not vocabulary.nfc,
+            identity=_identity(vocabulary),
+        )
+        ranks = _ranks(vocabulary, source)
+        self._nfc, self._pattern = vocabulary.nfc, vocabulary.pattern
+        self._ids = {rank: vocabulary.tokens[text] for text, rank in ranks.items()}
+        self._lacking = bytes(
+            sorted(set(range(256)) - {text[0] for text in texts.values() if len(text) == 1})
+        )
+        self._encoding = _encoding(
+            {texts[text]: rank for text, rank in ranks.items()}, source, self._pattern
+        )
+
+    def lacking(self, text: str) -> list[int]:
+        return sorted(set(text.encode("utf-8")) & set(self._lacking))
+
+    def _encode(self, text: str) -> list[int]:
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        if len(text) > MAX_BLANKS and regex.search(rf"\s{{{MAX_BLANKS}}}", text):
+            raise ValueError(
+                f"the text holds a run of more than {MAX_BLANKS} blanks, which cannot be encoded; "
+                f"shorten the text"
+            )
+        data = text.encode("utf-8")
+        if len(data.translate(None, self._lacking)) < len(data):
+            return self._encode_without(text)
+        return [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        return self._encode(text)
+
+    def _encode_without(self, text: str) -> list[int]:
+        """Encode, leaving the lacking bytes out of the words: their neighbours become adjacent."""
+        ids: list[int] = []
+        for word in regex.findall(self._pattern, text):
+            data = word.encode("utf-8").translate(None, self._lacking)
+            ids += [self._ids[rank] for rank in self._encoding._encode_single_piece(data)]
+        return ids
+
+
+def _pieces(vocabulary: ByteVocabulary, texts: Mapping[str, bytes], source: Path) -> list[bytes]:
+    """The bytes of each id, after checking that no id has two owners."""
+    owners: dict[int, str] = {}
+    for text, token in [*vocabulary.tokens.items(), *vocabulary.controls.items()]:
+        if token in owners:
+            raise ValueError(
+                f"{source}: the tokens {owners[token]!r} and {text!r} have the same id {token}"
+            )
+        owners[token] = text
+    if not owners:
+        raise ValueError(f"{source}: the vocabulary is empty")
+    pieces = [b""] * (max(owners) + 1)
+    for text, token in vocabulary.tokens.items():
+        pieces[token] = texts[text]
+    return pieces
+
+
+ALPHABET = byte_alphabet()
+
+
+def _bytes(text: str, source: Path) -> bytes:
+    try:
+        return bytes(map(ALPHABET.__getitem__, text))
+    except KeyError as error:
+        raise ValueError(
+            f"{source}: the token {text!r} is not written in the alphabet of bytes "
+            f"({error} is not in it), so this is no byte-level BPE vocabulary"
+        ) from None
+
+
+def _identity(vocabulary: ByteVocabulary) -> list[bytes]:
+    tokens = (f"{text} {token}" for text, token in vocabulary.tokens.items())
+    merges = (f"{left} {right}" for left, right in vocabulary.merges)
+    flags = (vocabulary.pattern, str(vocabulary.whole_words), str(vocabulary.nfc))
+    return ["\n".join(part).encode("utf-8") for part in (tokens, merges, flags)]
+
+
+def _ranks(vocabulary: ByteVocabulary, source: Path) -> dict[str, int]:
+    """Token -> rank: single bytes first, then each token by the merge that makes it."""
+    tokens = vocabulary.tokens
+    order: dict[tuple[str, str], int] = {}
+    for place, (left, right) in enumerate(vocabulary.merges):
+        for text in (left, right, left + right):
+            if text not in tokens:
+                raise ValueError(
+                    f"{source}: merge {place} joins {left!r} and {right!r}, but the vocabulary "
+                    f"lacks {text!r}"
+                )
+        order.setdefault((left, right), place)
+    ranks = {text: byte for text, byte in ALPHABET.items() if text in tokens}
+    for left, right in order:
+        parts, last = merge(left + right, order)
+        if len(parts) == 1:
+            ranks[left + right] = len(ALPHABET) + last
+    if vocabulary.whole_words:
+        _rank_whole_words(ranks, tokens, order, source)
+    return ranks
+
+
+def _rank_whole_words(
+    ranks: dict[str, int],
+    tokens: Mapping[str, int],
+    order: Mapping[tuple[str, str], int],
+    source: Path,
+) -> None:
+    """Give tokens that no merges make a rank behind all others: found only as whole words."""
+    for text in tokens:
+        if text not in ranks:
+            parts, _ = merge(text, order)
+            if len(parts) == 2:
+                # tiktoken would join these two inside of longer words as well
+                raise ValueError(
+                    f"{source}: the token {text!r} stands outside the merges in a way that is not "
+                    f"supported"
+                )
+            ranks[text] = len(ALPHABET) + len(order) + len(ranks)
+
+
+def merge(symbols: Sequence[str], order: Mapping[tuple[str, str], int]) -> tuple[list[str], int]:
+    """Join neighbours by the list of merges, the reference way.
+
+    Args:
+        symbols: the characters of one word.
+        order: pair -> its place in the list of merges; the lowest is joined first.
+
+    Returns:
+        The pieces, and the place of the last merge (-1 without any).
+    """
+    parts, last, never = list(symbols), -1, len(order)
+    while len(parts) > 1:
+        places = [order.get(pair, never) for pair in zip(parts, parts[1:], strict=False)]
+        first = min(places)
+        if first == never:
+            break
+        at, last = places.index(first), first
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts, last
+
+
+def _encoding(ranks: dict[bytes, int], source: Path, pattern: str) -> tiktoken.Encoding:
+    try:
+        return tiktoken.Encoding(
+            str(source), pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{source}: the pattern that splits words cannot be read: {error}"
+        ) from None

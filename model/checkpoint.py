@@ -1,0 +1,320 @@
+"""Model weights between files and memory: opened, checked, streamed into place, written.
+
+A checkpoint is a Hugging Face folder (model.safetensors, or shards and their index, beside a
+config.json), one .safetensors file with config.json beside it, or one GGUF file. Whatever it is,
+its tensors are known here by their Hugging Face names and (out, in) shapes.
+
+Loading first compares all names, shapes and types with what the model wants and reports every
+difference at once; then it copies tensor by tensor into the model's own memory, one conversion of
+dtype on the way. Writing goes to a folder of another name that takes its place when complete.
+"""
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.fields import shown
+from bioinstruct.model.stored import PICKLED, StoredTensor, check_start, read_safetensors
+from bioinstruct.synth.files import replaces, write_text
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MAX_LISTED = 10  # tensors named in a message, of each kind
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk whose shape is known and whose numbers are not read yet."""
+
+    path: Path
+    """The file that was opened: the weights, or the index of their shards."""
+    config: LlamaConfig
+    """The model's shape."""
+    tensors: Mapping[str, StoredTensor]
+    """What the files hold, by Hugging Face name."""
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor in the files, by Hugging Face name."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    @torch.no_grad()
+    def load_into(self, destinations: Mapping[str, Tensor]) -> None:
+        """Copy every weight to its place.
+
+        Args:
+            destinations: by Hugging Face name, tensors of the weights' shapes, of any float
+                dtype, strides and device; they may be parts of larger buffers. None for lm_head
+                where the embeddings are tied.
+
+        Raises:
+            ValueError: before the first copy, a list of all tensors that are missing, of another
+                shape, unknown, or of a type that is no plain number; during it, a weight that is
+                not finite or too large for its destination.
+        """
+        self._check_fit(destinations)
+        for name, stored in self.tensors.items():
+            if name in destinations:
+                destination = destinations[name]
+                source = stored.read()
+                _check_values(f"{self.path}: {name}", source, destination.dtype)
+                destination.copy_(source)
+
+    def _check_fit(self, destinations: Mapping[str, Tensor]) -> None:
+        wrong_shape, wrong_type = [], []
+        for name, stored in self.tensors.items():
+            if name not in destinations:
+                continue
+            expected = tuple(destinations[name].shape)
+            if stored.shape != expected:
+                wrong_shape.append(f"{name} is {stored.shape}, expected {expected}")
+            if not stored.loadable:
+                wrong_type.append(f"{name} is {stored.dtype}")
+        found = {
+            "missing": [name for name in destinations if name not in self.tensors],
+            "of the wrong shape": wrong_shape,
+            "of a type that is not read": wrong_type,
+            "unknown": [name for name in self.tensors if self._unknown(name, destinations)],
+        }
+        if any(found.values()):
+            raise ValueError(f"{self.path}: does not fit the model\n" + _listed(found))
+        if HEAD in self.tensors and HEAD not in destinations:
+            self._check_tied()
+
+    def _unknown(self, name: str, destinations: Mapping[str, Tensor]) -> bool:
+        # writers of 2023 also stored the rotary frequencies, which follow from the config
+        known = name in destinations or name.endswith("rotary_emb.inv_freq")
+        return not known and not (name == HEAD and self.config.tied_embeddings)
+
+    def _check_tied(self) -> None:
+        head, embedding = self.tensors[HEAD], self.tensors[EMBEDDING]
+        equal = head.loadable and head.shape == embedding.shape
+        if not equal or not torch.equal(head.read().double(), embedding.read().double()):
+            raise ValueError(
+                f"{self.path}: its configuration ties the embeddings, but {HEAD} differs from "
+                f"{EMBEDDING}; set tie_word_embeddings to false if both were trained"
+            )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model folder, a .safetensors file, or a .gguf file, and read its table of contents.
+
+    Raises:
+        ValueError: there is no model, more than one, or a file of it is missing or damaged.
+    """
+    file = _find_weights(path)
+    if file.suffix == ".gguf":
+        # dequantizing needs an optional package
+        from bioinstruct.model.gguf_tensors import read_gguf
+
+        return Checkpoint(file, *read_gguf(file))
+    config_path = file.parent / "config.json"
+    config = LlamaConfig.from_hf(_read_object(config_path), str(config_path))
+    tensors = _read_shards(file) if file.suffix == ".json" else read_safetensors(file)
+    return Checkpoint(file, config, tensors)
+
+
+def save_checkpoint(
+    folder: Path,
+    config: LlamaConfig,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> list[Path]:
+    """Write a Hugging Face folder: weights (in shards where they are large), index, config.json.
+
+    Args:
+        folder: where to write; it must not exist yet, or be empty.
+        config: the model's shape; it says which tensors there must be.
+        tensors: by Hugging Face name, or pairs that may be produced one at a time.
+        dtype: what to store; None keeps each tensor's own.
+        max_shard_bytes: largest size of a file, unless a single tensor is larger.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: the folder holds something, or the tensors are not the model's.
+        OSError: the disk is full or not writable.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not empty; give a folder that is not there yet")
+    target = folder.resolve()  # a link to an empty folder stays a link
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".writing-{target.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+        checked = _checked(config, pairs, dtype)
+        first = next(checked)
+        names = _write_weights(temporary, chain([first], checked), max_shard_bytes)
+        stored = {"torch_dtype": str(first[1].dtype).removeprefix("torch.")}
+        write_text(temporary / "config.json", _json(config.to_hf() | stored))
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return [folder / name for name in [*names, "config.json"]]
+
+
+def _find_weights(path: Path) -> Path:
+    """Return the one file that path stands for: weights, or the index of their shards."""
+    if not path.exists():
+        raise ValueError(f"{path}: does not exist; give a model folder, a .safetensors or a .gguf")
+    if not path.is_dir():
+        if path.suffix in (".safetensors", ".gguf") or path.name.endswith(
+            ".safetensors.index.json"
+        ):
+            return path
+        check_start(path)
+        raise ValueError(f"{path}: is no .safetensors or .gguf file, and no model folder")
+    candidates = [path / name for name in (SINGLE, INDEX) if (path / name).exists()]
+    candidates += sorted(path.glob("*.gguf"))
+    if len(candidates) > 1:
+        names = ", ".join(file.name for file in candidates)
+        raise ValueError(f"{path}: holds several models ({names}); give the path of one of them")
+    return candidates[0] if candidates else _explain_none(path)
+
+
+def _explain_none(folder: Path) -> Path:
+    files = sorted(file.name for file in folder.iterdir())
+    wanted = f"expected {SINGLE}, {INDEX} or one .gguf file"
+    if "adapter_model.safetensors" in files:
+        raise ValueError(f"{folder}: holds an adapter, not a model; give the adapter's base model")
+    if shards := [name for name in files if name.endswith(".safetensors")]:
+        raise ValueError(f"{folder}: holds {_some(shards)} without an index; {wanted}")
+    if pickles := [name for name in files if name.endswith((".bin", ".pth", ".pt"))]:
+        raise ValueError(f"{folder}: holds only {_some(pickles)}: {PICKLED}")
+    raise ValueError(f"{folder}: holds no weights; {wanted}")
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    places = _read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: weight_map is {shown(places)}; it must name each tensor's file")
+    files = sorted({_plain_name(index, place) for place in places.values()})
+    if missing := [name for name in files if not (index.parent / name).exists()]:
+        raise ValueError(f"{index}: names {_some(missing)}, which is not there; download it too")
+    tensors: dict[str, StoredTensor] = {}
+    for name in files:
+        shard = read_safetensors(index.parent / name)
+        if absent := [t for t, place in places.items() if place == name and t not in shard]:
+            raise ValueError(f"{index}: {_some(absent)} should be in {name}, but is not")
+        if twice := sorted(shard.keys() & tensors.keys()):
+            raise ValueError(f"{index}: {_some(twice)} is in {name} and in another shard")
+        tensors |= shard
+    return tensors
+
+
+def _plain_name(index: Path, place: object) -> str:
+    if not isinstance(place, str) or not place or Path(place).name != place:
+        raise ValueError(f"{index}: weight_map holds {shown(place)}; it must be a file beside it")
+    return place
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing; copy the model's own file there")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8
+        raise ValueError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {shown(content)}; it must be a JSON object")
+    return content
+
+
+def _check_values(what: str, source: Tensor, dtype: torch.dtype) -> None:
+    # both ends in one pass; NaN wins over every number
+    low, high = (end.item() for end in source.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{what} holds NaN or infinite values; these weights are damaged")
+    if (largest := max(-low, high)) > torch.finfo(dtype).max:
+        raise ValueError(
+            f"{what} reaches {largest:g}, which {dtype} cannot hold; use a wider dtype"
+        )
+
+
+def _checked(
+    config: LlamaConfig, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield owned, contiguous CPU copies of the tensors; refuse what is not the model's."""
+    missing = config.tensor_shapes()
+    for name, tensor in pairs:
+        shape = missing.pop(name, None)
+        if shape is None:
+            raise ValueError(f"{name}: is no tensor of this model, or was given twice")
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{name}: is {tuple(tensor.shape)}, the model needs {shape}")
+        stored_dtype = dtype or tensor.dtype
+        _check_values(name, tensor.detach(), stored_dtype)
+        # a copy, because the producer may reuse its buffer, and parts of a buffer share storage
+        yield name, torch.empty(shape, dtype=stored_dtype).copy_(tensor.detach())
+    if missing:
+        raise ValueError(f"{_some(list(missing))}: the model needs it, but it was not given")
+
+
+def _write_weights(
+    folder: Path, pairs: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> list[str]:
+    """Write the weights and, for more than one shard, their index; return the files' names."""
+    shards: list[list[str]] = []
+    total_bytes = 0
+    for number, shard in enumerate(_grouped(pairs, max_shard_bytes)):
+        with replaces(folder / f"shard-{number}") as file:
+            save_file(shard, file, metadata={"format": "pt"})
+        shards.append(list(shard))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+    # how many there are is known only now
+    count = len(shards)
+    files = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+    files = files if count > 1 else [SINGLE]
+    for number, name in enumerate(files):
+        (folder / f"shard-{number}").rename(folder / name)
+    if count == 1:
+        return files
+    places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
+    write_text(folder / INDEX, _json(index))
+    return [*files, INDEX]
+
+
+def _grouped(
+    pairs: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    shard_bytes = 0
+    for name, tensor in pairs:
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard, shard_bytes = {}, 0
+        shard[name] = tensor
+        shard_bytes += tensor.nbytes
+    yield shard
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _listed(found: Mapping[str, list[str]]) -> str:
+    return "\n".join(f"  {len(v)} {what}: {_some(v)}" for what, v in found.items() if v)
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,238 @@
+"""The whole LLaMA model (Touvron et al. 2023, arXiv 2302.13971) on packed tokens.
+
+    x = embedding[ids]
+    per layer:  x += o(attention(rope(q, k), v))   of  rmsnorm(x)
+                x += down(swiglu(gate, up))        of  rmsnorm(x)
+    logits = head(rmsnorm(x))
+
+There is no batch dimension and no padding: activations are (T, D), documents lie one after the
+other, and positions restart with each of them. Projections that share their input are stored as one
+matrix (q, k, v; gate, up). All weights are frozen; what trains are the adapters passed in.
+
+Shapes   T packed tokens, D model width, H query heads, G key/value heads, E head width, F
+         feed-forward width, V vocabulary, N = (H + 2G) * E.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bioinstruct.kernels import (
+    Documents,
+    Dropout,
+    Heads,
+    Rotation,
+    attention,
+    lora_linear,
+    rmsnorm,
+    split_rope,
+    swiglu,
+)
+from bioinstruct.model.adapters import GROUPS, Adapters
+from bioinstruct.model.config import LlamaConfig
+
+Attend = Callable[[int, Heads], Tensor]
+"""Attention of one layer: (layer number, its heads) -> (T, H, E)."""
+
+
+class Pack(NamedTuple):
+    """Token documents laid one after the other, without padding."""
+
+    ids_T: Tensor
+    """(T,) int64 token ids."""
+    positions_T: Tensor
+    """(T,) int64, counted from 0 within each document."""
+    documents: Documents
+
+
+def pack_documents(documents: list[list[int]], device: torch.device | str = "cpu") -> Pack:
+    """Lay token id lists one after the other."""
+    ids = [token for document in documents for token in document]
+    positions = [position for document in documents for position in range(len(document))]
+    return Pack(
+        torch.tensor(ids, dtype=torch.int64, device=device),
+        torch.tensor(positions, dtype=torch.int64, device=device),
+        Documents.of_lengths([len(d) for d in documents], device),
+    )
+
+
+class Block(nn.Module):
+    """One transformer layer; its attention is the caller's, so that a KV cache can stand in."""
+
+    def __init__(self, config: LlamaConfig, layer: int, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+        N = (config.num_heads + 2 * config.num_kv_heads) * E
+
+        def frozen(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+        self.attention_norm_D, self.mlp_norm_D = frozen(D), frozen(D)
+        self.qkv_ND, self.o_DM = frozen(N, D), frozen(D, config.num_heads * E)
+        self.gate_up_2FD, self.down_DF = frozen(2 * F, D), frozen(D, F)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        adapters: Adapters | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """Map the residual stream (T, D) to the next layer's."""
+
+        def linear(group: str, x: Tensor, weight: Tensor) -> Tensor:
+            if adapters is None:
+                return lora_linear(x, weight)
+            branches = adapters.branches(self.layer, group)
+            site = self.layer * len(GROUPS) + GROUPS.index(group)
+            return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site)
+
+        h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
+        heads = split_rope(linear("qkv", h_TD, self.qkv_ND), rotation, self.config.num_heads)
+        o_THE = attend(self.layer, heads)
+        x_TD = x_TD + linear("o", o_THE.flatten(1), self.o_DM)
+        h_TD = rmsnorm(x_TD, self.mlp_norm_D, self.config.norm_eps)
+        h_TF = swiglu(linear("gate_up", h_TD, self.gate_up_2FD))
+        return x_TD + linear("down", h_TF, self.down_DF)
+
+
+class Llama(nn.Module):
+    """A frozen LLaMA. Weights are uninitialised until they are loaded into `destinations`.
+
+    Args:
+        config: shape and constants.
+        device: where weights lie and ops run.
+        dtype: of weights and activations.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        self.attention_backend = "sdpa"
+
+        def frozen(*shape: int) -> nn.Parameter:
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            return nn.Parameter(empty, requires_grad=False)
+
+        self.embedding_VD = frozen(config.vocab_size, config.hidden_size)
+        blocks = (Block(config, i, self.device, dtype) for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm_D = frozen(config.hidden_size)
+        self.head_VD = (
+            self.embedding_VD
+            if config.tied_embeddings
+            else frozen(config.vocab_size, config.hidden_size)
+        )
+        self.inverse_frequency_E = _inverse_frequency(config, self.device)
+
+    def destinations(self) -> dict[str, Tensor]:
+        """Where each tensor of a checkpoint belongs, by its Hugging Face name.
+
+        A tensor of a fused projection is a slice of it. The tied head has no entry.
+        """
+        config, E = self.config, self.config.head_dim
+        q, kv, F = config.num_heads * E, config.num_kv_heads * E, config.intermediate_size
+        places: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding_VD.data}
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            q_weight, k_weight, v_weight = block.qkv_ND.data.split((q, kv, kv))
+            gate_weight, up_weight = block.gate_up_2FD.data.split((F, F))
+            layer = {
+                "input_layernorm": block.attention_norm_D.data,
+                "self_attn.q_proj": q_weight,
+                "self_attn.k_proj": k_weight,
+                "self_attn.v_proj": v_weight,
+                "self_attn.o_proj": block.o_DM.data,
+                "post_attention_layernorm": block.mlp_norm_D.data,
+                "mlp.gate_proj": gate_weight,
+                "mlp.up_proj": up_weight,
+                "mlp.down_proj": block.down_DF.data,
+            }
+            places |= {f"model.layers.{i}.{name}.weight": t for name, t in layer.items()}
+        places["model.norm.weight"] = self.norm_D.data
+        if not config.tied_embeddings:
+            places["lm_head.weight"] = self.head_VD.data
+        return places
+
+    def randomise(self, seed: int, std: float = 0.02) -> None:
+        """Fill the weights with normal noise and the gains with 1, for benches and tests."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for weight in self.destinations().values():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, std, generator=generator)
+
+    def rotation(self, positions_T: Tensor) -> Rotation:
+        """cos and sin of every token's angles, in float32, from float64 angles."""
+        angles_TE = positions_T.double()[:, None] * self.inverse_frequency_E
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return Rotation(angles_TE.cos().to(wide), angles_TE.sin().to(wide))
+
+    def packed_attention(self, documents: Documents) -> Attend:
+        """Attention within the documents of a pack, for training and prefill."""
+        return lambda _, heads: attention(*heads, documents, self.attention_backend)
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        adapters: Adapters | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """Final normed hidden states (T, D) of packed tokens.
+
+        Args:
+            ids_T: (T,) token ids.
+            positions_T: (T,) positions in their documents.
+            attend: attention over these documents, or over a cache.
+            adapters: LoRA branches to add, or None for the model as it was loaded.
+            dropout: masks for the branches, in training only.
+        """
+        rotation = self.rotation(positions_T)
+        x_TD = self.embedding_VD[ids_T]
+        for block in self.blocks:
+            x_TD = block(x_TD, rotation, attend, adapters, dropout)
+        return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)
+
+    def logits(self, pack: Pack, adapters: Adapters | None = None) -> Tensor:
+        """(T, V) float32 logits of every token of a pack."""
+        attend = self.packed_attention(pack.documents)
+        h_TD = self(pack.ids_T, pack.positions_T, attend, adapters)
+        return (h_TD @ self.head_VD.T).to(torch.promote_types(self.dtype, torch.float32))
+
+
+def _inverse_frequency(config: LlamaConfig, device: torch.device) -> Tensor:
+    """(E/2,) float64 radians a position."""
+    E = config.head_dim
+    exponents_E = torch.arange(0, E, 2, dtype=torch.float64, device=device) / E
+    frequency_E = config.rope_base**-exponents_E
+    if config.rope_scaling is None:
+        return frequency_E
+    divisors = config.rope_scaling.divisors(E, config.rope_base)
+    return frequency_E / torch.tensor(divisors, dtype=torch.float64, device=device)
+
+
+def merged_tensors(model: Llama, adapters: Adapters | None) -> Mapping[str, Tensor]:
+    """The model's tensors by Hugging Face name, adapters added in float32 and rounded once."""
+    places = model.destinations()
+    if adapters is None:
+        return places
+    deltas = {f"model.layers.{m.layer}.{m.path}.weight": m for m in adapters.modules}
+    scale = adapters.settings.scale
+    return {
+        name: weight
+        if name not in deltas
+        else weight.float().addmm_(deltas[name].b_NR, deltas[name].a_RK, alpha=scale).to(weight)
+        for name, weight in places.items()
+    }

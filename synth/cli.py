@@ -1,0 +1,75 @@
+"""`bioinstruct-synth`: make instruction records. No command here imports torch."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from bioinstruct.synth import console
+
+FILE = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bioinstruct", prog_name="bioinstruct-synth")
+def cli() -> None:
+    """Make instruction records for biomedical tuning."""
+
+
+@cli.command()
+@click.option(
+    "--from",
+    "corpus",
+    required=True,
+    type=click.Choice(["conll-ner", "pubmedqa"]),
+    help="What the corpus is: token-and-tag lines, or PubMedQA's ori_pqal.json.",
+)
+@click.option("--in", "source", required=True, type=FILE, help="The corpus, plain or .gz.")
+@click.option("--out", required=True, type=FILE, help="Where to: .jsonl or .json, or these + .gz.")
+@click.option(
+    "--form",
+    type=click.Choice(["list", "medtuned"]),
+    help="conll-ner: answer with a list of mentions (default), or with `token : TAG` lines.",
+)
+@click.option("--entity", help="conll-ner: the type asked for. Default: disease.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    type=FILE,
+    help="Leave out what stands in this file: sentences of a CoNLL file, or ids of PubMedQA's "
+    "test_ground_truth.json. May be repeated.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
+def convert(
+    corpus: str,
+    source: Path,
+    out: Path,
+    form: str | None,
+    entity: str | None,
+    exclude: tuple[Path, ...],
+    overwrite: bool,
+) -> None:
+    """Turn a labelled corpus into instruction records."""
+    from bioinstruct.synth import convert as converters
+    from bioinstruct.synth.records import write_records
+
+    if corpus == "pubmedqa" and (form or entity):
+        raise click.UsageError("--form and --entity belong to conll-ner; pubmedqa has neither")
+    if corpus == "pubmedqa":
+        made = converters.convert_pubmedqa(source, exclude)
+    else:
+        made = converters.convert_conll(source, entity or "disease", form or "list", exclude)
+    if not made.records:
+        raise ValueError(f"{source}: --exclude leaves no record; nothing was written")
+    written = write_records(out, made.records, overwrite=overwrite)
+    orphans = f", {made.orphans} mentions begin with I instead of B" if made.orphans else ""
+    console.note(f"{written} records written to {out}, {made.excluded} excluded{orphans}")
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    console.run(cli)
+
+
+if __name__ == "__main__":
+    main()

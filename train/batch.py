@@ -1,0 +1,64 @@
+"""A pack of samples as the tensors that the model and the loss take.
+
+Shapes   T packed input tokens, S supervised rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bioinstruct.kernels import Documents
+from bioinstruct.model.llama import Pack
+from bioinstruct.train.tokens import TokenSet
+
+
+class Batch(NamedTuple):
+    """One forward and backward pass."""
+
+    pack: Pack
+    rows_S: Tensor
+    """(S,) int64: rows whose next token is supervised."""
+    labels_S: Tensor
+    """(S,) int64: that next token."""
+    draws_T: Tensor
+    """(T,) int64: draw number of each token's sample, for the dropout masks."""
+
+
+def collate(
+    tokens: TokenSet,
+    samples: Sequence[int],
+    draws: Mapping[int, int],
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Lay samples one after the other.
+
+    Args:
+        tokens: all samples.
+        samples: numbers of those in this pack.
+        draws: their draw numbers.
+        device: where the tensors go.
+    """
+    ids, labels, rows, lengths, start = [], [], [], [], 0
+    for i in samples:
+        sample, prompt = tokens.sample(i)
+        length = len(sample) - 1
+        ids.append(sample[:-1])
+        labels.append(sample[prompt:])
+        rows.append(np.arange(start + prompt - 1, start + length))
+        lengths.append(length)
+        start += length
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    numbers = np.repeat(np.array([draws[i] for i in samples], dtype=np.int64), lengths)
+
+    def tensor(values: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+
+    return Batch(
+        Pack(tensor(np.concatenate(ids)), tensor(positions), Documents.of_lengths(lengths, device)),
+        tensor(np.concatenate(rows)),
+        tensor(np.concatenate(labels)),
+        tensor(numbers),
+    )

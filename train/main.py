@@ -1,0 +1,54 @@
+"""Train from a recipe: `python train/main.py [RECIPE.toml] [--set key=value]...`, or torchrun.
+
+Without a recipe and without model.path this runs the demo recipe, train/demo/recipe.toml.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from bioinstruct.synth import console
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
+@click.option("--dry-run", "dry", is_flag=True, help="Check everything, print the plan, stop.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run (not in this version).")
+def command(recipe: Path | None, overrides: tuple[str, ...], dry: bool, resume: bool) -> None:
+    """Tune a LLaMA model on instruction records.
+
+    RECIPE is a TOML file; defaults < RECIPE < --set. Without RECIPE and without
+    --set model.path=... the demo recipe runs.
+    """
+    if resume:
+        raise click.UsageError("--resume is not supported by this version; start a new run")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise click.UsageError("this version trains in one process; use --nproc-per-node 1")
+    if recipe is not None and not recipe.is_file():
+        raise click.UsageError(f"there is no recipe {recipe}")
+    # torch is imported only now, so that --help and wrong usage answer at once
+    from bioinstruct.train import loop
+    from bioinstruct.train.demo import RECIPE
+    from bioinstruct.train.run import read_run
+
+    if recipe is None and not any(o.startswith("model.path=") for o in overrides):
+        recipe = RECIPE
+    run = read_run(recipe, overrides)
+    if dry:
+        loop.dry_run(run)
+        return
+    name = "run" if recipe is None else "demo" if recipe == RECIPE else recipe.stem
+    loop.train(run, name, shlex.join(sys.argv))
+
+
+def main() -> None:
+    """Entry point."""
+    console.run(command)
+
+
+if __name__ == "__main__":
+    main()

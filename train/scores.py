@@ -1,0 +1,153 @@
+"""Task scores before and after training, beside what simple baselines reach."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bioinstruct.eval import baselines
+from bioinstruct.eval.report import Row, table, write_results, write_samples
+from bioinstruct.eval.runner import Job, Result, grade, run_tasks
+from bioinstruct.eval.runner import prepare as prepare_job
+from bioinstruct.eval.tasks import find_task, ncbi_disease, pubmedqa
+from bioinstruct.model.llm import Llm
+from bioinstruct.synth.console import Progress
+from bioinstruct.synth.files import write_text
+from bioinstruct.synth.sources import read_conll, read_pubmedqa
+from bioinstruct.train.demo import resolve
+from bioinstruct.train.run import Run
+
+
+def prepare_jobs(run: Run) -> list[Job]:
+    """Read every task's file, so that a wrong path shows before training.
+
+    Raises:
+        ValueError: an unknown task, or a file that is missing or malformed.
+    """
+    jobs = []
+    for given in run.eval.tasks:
+        name, _, path = given.partition("=")
+        task = find_task(name)
+        form = run.eval.form if task.forms else None
+        jobs.append(
+            prepare_job(task, resolve(path), form=form, limit=run.eval.limit, seed=run.train.seed)
+        )
+    return jobs
+
+
+def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: str) -> Row:
+    """Answer and score every job, and write its files to out/eval-<stage>.
+
+    Args:
+        llm: the model; its adapters, where it has any, take part.
+        jobs: prepared tasks.
+        template: name of the prompt template.
+        out: folder of the run.
+        stage: before | after.
+    """
+    bars: dict[str, Progress] = {}
+
+    def show(job: Job, done: int) -> None:
+        name = job.task.name
+        bars.setdefault(name, Progress(f"{name} {stage} training", len(job.items))).update(done)
+
+    results = run_tasks(llm, jobs, template=template, on_progress=show)
+    adapter = None if llm.adapters is None else str(out / "adapter")
+    row = Row(system=f"{stage} tuning", model=str(llm.path), adapter=adapter, results=results)
+    folder = out / f"eval-{stage}"
+    write_samples(folder, row, 1)
+    write_results(folder, [row], {"model": str(llm.path), "adapter": adapter, "template": template})
+    return row
+
+
+def baseline_rows(jobs: Sequence[Job], lexicon: str) -> list[Row]:
+    """What answers without a model score on the same items.
+
+    Args:
+        jobs: prepared tasks.
+        lexicon: CoNLL file whose mentions make a lexicon for NER, or empty.
+    """
+    rows = []
+    for job in jobs:
+        if job.task is ncbi_disease.TASK and lexicon:
+            train = read_conll(resolve(lexicon))
+            for name, fold in (("training lexicon, case folded", True), ("same, case kept", False)):
+                outputs = baselines.lexicon_outputs(train, job.items, form=job.form, fold_case=fold)
+                rows.append(_baseline(name, grade(job, outputs)))
+        if job.task is pubmedqa.TASK:
+            asked = {item.id for item in job.task.items(job.path)}
+            others = [q for q in read_pubmedqa(job.path) if q.id not in asked]
+            outputs = baselines.majority_outputs(others, job.items)
+            rows.append(_baseline("majority class", grade(job, outputs)))
+    return rows
+
+
+def _baseline(name: str, result: Result) -> Row:
+    return Row(system=name, model=None, adapter=None, results=[result])
+
+
+def write_report(
+    out: Path, run: Run, rows: Mapping[str, Row], jobs: Sequence[Job], seconds: float
+) -> str:
+    """Write report.md: before, after, baselines, and what each verdict rests on; return the table.
+
+    Args:
+        out: folder of the run.
+        run: its settings.
+        rows: "before", where it was scored, and "after".
+        jobs: the tasks they answered.
+        seconds: wall time of the run so far.
+    """
+    systems = [*rows.values(), *baseline_rows(jobs, run.eval.lexicon)]
+    text = table([_main_only(row) for row in systems])
+    verdicts = "\n".join(f"- {line}" for line in _verdicts(rows, systems[len(rows) :]))
+    whole = "\n\n".join(
+        [
+            "# Run report",
+            f"Model `{run.model.path}`, LoRA r={run.lora.r} on {', '.join(run.lora.targets)}; "
+            f"{seconds / 60:.1f} minutes. Settings: `run.toml`; curve: `loss.svg`; adapter: "
+            "`adapter/`; every answer: `eval-before/`, `eval-after/`.",
+            "![loss by step](loss.svg)",
+            text,
+            "Values are percentages with 95 % bootstrap intervals over items.",
+            verdicts,
+        ]
+    )
+    write_text(out / "report.md", whole + "\n")
+    return f"{text}\n\n{verdicts}"
+
+
+def _main_only(row: Row) -> Row:
+    """Keep each task's main score, which the verdicts speak of."""
+    kept = [
+        dataclasses.replace(r, scores={r.job.task.main: r.scores[r.job.task.main]})
+        for r in row.results
+    ]
+    return dataclasses.replace(row, results=kept)
+
+
+def _verdicts(rows: Mapping[str, Row], others: Sequence[Row]) -> list[str]:
+    lines = []
+    for result in rows["after"].results:
+        task, after = result.job.task, result.scores[result.job.task.main]
+        name = f"{task.name} {task.main}"
+        before = [
+            r.scores[task.main]
+            for r in (rows["before"].results if "before" in rows else ())
+            if r.job.task is task
+        ]
+        for old in before:
+            apart = "do not overlap" if after.low > old.high or after.high < old.low else "overlap"
+            lines.append(
+                f"{name}: {100 * old.value:.1f} before, {100 * after.value:.1f} after tuning; "
+                f"the intervals {apart}"
+            )
+        for row in others:
+            for r in row.results:
+                if r.job.task is task:
+                    base = r.scores[task.main]
+                    side = "above" if after.value > base.value else "not above"
+                    lines.append(
+                        f"{name}: the tuned model is {side} the baseline '{row.system}' "
+                        f"({100 * base.value:.1f})"
+                    )
+    return lines

@@ -1,0 +1,114 @@
+"""One optimizer step: gradients of its packs, summed; then clip and AdamW on the flat buffers.
+
+The loss of a step is the sum of its tokens' losses over the step's supervised tokens, whatever its
+split into packs: every pack is scaled by the same number, known from the plan, and adds its
+gradient into the flat buffer.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from bioinstruct.kernels import Dropout, linear_cross_entropy
+from bioinstruct.kernels.adamw import adamw_, clip_factor, global_norm
+from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.llama import Llama
+from bioinstruct.train.batch import Batch
+
+
+class Optimizer:
+    """AdamW on the flat buffers of a model's adapters.
+
+    Args:
+        adapters: what trains.
+        weight_decay: decoupled decay.
+        clip: largest gradient norm; 0 for none.
+    """
+
+    def __init__(self, adapters: Adapters, *, weight_decay: float = 0.0, clip: float = 1.0) -> None:
+        self.adapters, self.weight_decay, self.clip = adapters, weight_decay, clip
+        self.m_P = torch.zeros_like(adapters.flat_P)
+        self.v_P = torch.zeros_like(adapters.flat_P)
+        self.updates = 0
+
+    def step(self, lr: float) -> float:
+        """Apply the collected gradient and clear it.
+
+        Returns:
+            The gradient's norm before clipping; where it is not finite nothing was changed.
+        """
+        grad_P = self.adapters.grad_P
+        norm = global_norm(grad_P)
+        if math.isfinite(norm):
+            self.updates += 1
+            adamw_(
+                self.adapters.flat_P,
+                grad_P,
+                self.m_P,
+                self.v_P,
+                lr=lr,
+                step=self.updates,
+                weight_decay=self.weight_decay,
+                grad_factor=clip_factor(norm, self.clip),
+            )
+        grad_P.zero_()
+        return norm
+
+
+class StepResult(NamedTuple):
+    loss: float
+    """Mean negative log-likelihood of the step's supervised tokens, in nats."""
+    grad_norm: float
+    """Before clipping."""
+
+
+def add_gradient(
+    model: Llama, adapters: Adapters, batch: Batch, scale: float, dropout_seed: int = 0
+) -> float:
+    """Add one pack's gradient to the flat buffer.
+
+    Args:
+        model: frozen weights.
+        adapters: what trains; their dropout setting applies.
+        batch: the pack.
+        scale: 1 / supervised tokens of the whole step.
+        dropout_seed: key of the masks.
+
+    Returns:
+        The pack's share of the step's loss.
+    """
+    pack, dropout = batch.pack, None
+    if adapters.settings.dropout:
+        p = adapters.settings.dropout
+        dropout = Dropout(p, dropout_seed, pack.positions_T, batch.draws_T)
+    attend = model.packed_attention(pack.documents)
+    h_TD = model(pack.ids_T, pack.positions_T, attend, adapters, dropout)
+    loss = linear_cross_entropy(h_TD, model.head_VD, batch.rows_S, batch.labels_S, scale)
+    loss.backward()
+    return float(loss.detach())
+
+
+def train_step(
+    model: Llama,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    supervised_tokens: int,
+    lr: float,
+    dropout_seed: int = 0,
+) -> StepResult:
+    """Run one optimizer step over its packs."""
+    scale = 1 / max(1, supervised_tokens)
+    loss = sum(
+        add_gradient(model, optimizer.adapters, batch, scale, dropout_seed) for batch in batches
+    )
+    return StepResult(loss, optimizer.step(lr))
+
+
+@torch.inference_mode()
+def summed_loss(model: Llama, adapters: Adapters | None, batch: Batch) -> float:
+    """Sum of a pack's token losses, without gradient."""
+    attend = model.packed_attention(batch.pack.documents)
+    h_TD = model(batch.pack.ids_T, batch.pack.positions_T, attend, adapters)
+    return float(linear_cross_entropy(h_TD, model.head_VD, batch.rows_S, batch.labels_S))
