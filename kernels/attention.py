@@ -17,9 +17,9 @@ Numerics GEMMs in the input dtype, softmax and its gradient in at least float32.
 Saved    q, k, v, o and the log-sum-exp; never a (L, L) matrix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -176,11 +176,11 @@ def _varlen(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, documents: Documents) -
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = documents.cu_seqlens, documents.max_length
-    window = (-1, 0)  # all of the past, nothing of the future
-    grouped = {"enable_gqa": True} if _takes_gqa() else {}
-    out: Tensor = varlen_attn(
-        q_THE, k_TGE, v_TGE, cu, cu, longest, longest, window_size=window, **grouped
-    )
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # all of the past, nothing of the future
+    if _takes_gqa():
+        options["enable_gqa"] = True
+    out = varlen_attn(q_THE, k_TGE, v_TGE, cu, cu, longest, longest, **options)
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -236,9 +236,13 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype) -> float:
     shapes = ((136, 6, 64), (136, 2, 64), (136, 2, 64), (136, 6, 64))
     tensors = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
     results = []
-    for call in (attention_reference, lambda q, k, v, d: attention(q, k, v, d, backend)):
-        leaves = [t.clone().requires_grad_() for t in tensors[:3]]
-        out = call(*leaves, documents)
+    calls: tuple[Callable[[Tensor, Tensor, Tensor, Documents], Tensor], ...] = (
+        attention_reference,
+        partial(attention, backend=backend),
+    )
+    for call in calls:
+        q, k, v = leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+        out = call(q, k, v, documents)
         out.backward(tensors[3])
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     error = max(

@@ -35,7 +35,8 @@ class _RMSNorm(torch.autograd.Function):
         norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=wide)
         r_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, w_D, r_T1)
-        return (x_TD * r_T1).mul_(w_D.to(wide)).to(x_TD.dtype)
+        y_TD: Tensor = (x_TD * r_T1).mul_(w_D.to(wide)).to(x_TD.dtype)
+        return y_TD
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

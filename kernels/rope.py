@@ -139,7 +139,7 @@ def split_rope(qkv_TN: Tensor, rotation: Rotation, num_heads: int) -> Heads:
     T, N = qkv_TN.shape
     E = 2 * rotation.cos_TE.shape[-1]
     _check(rotation, T, E)
-    if N % E or N // E <= num_heads or (N // E - num_heads) % 2:
+    if N % E or num_heads >= N // E or (N // E - num_heads) % 2:
         raise ValueError(f"{N} columns are not {num_heads} query heads and pairs of width {E}")
     return Heads(*_SplitRope.apply(qkv_TN, *rotation, num_heads))
 

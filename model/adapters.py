@@ -1,8 +1,8 @@
 """LoRA adapters: which weights have one, where their masters lie, and PEFT's file format.
 
-All masters lie in one flat float32 buffer with a flat gradient beside it, so that the optimizer, the
-norm and the finiteness check see two vectors, whatever the number of layers. A is initialised as
-PEFT does it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own;
+All masters lie in one flat float32 buffer with a flat gradient beside it, so that the optimizer,
+the norm and the finiteness check see two vectors, whatever the number of layers. A is initialised
+as PEFT does it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own;
 B starts at zero.
 
 On disk: `adapter_model.safetensors` (float32, B unscaled) and `adapter_config.json` with PEFT's

@@ -11,6 +11,7 @@ steps of encoding l + r alone (no step crossed its borders). Either that goes on
 (l, r) is the merge that gave the token its rank; or it stops, and the token has no rank.
 """
 
+import itertools
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,11 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {
         chr(0x100 + index): byte for index, byte in enumerate(hidden)
     }
+
+
+ALPHABET = byte_alphabet()
+Order = Mapping[tuple[str, str], int]  # pair of pieces -> its place in the list of merges
+Made = tuple[str, str, int]  # two pieces that were joined, and the place of the merge
 
 
 class ByteBPE(Tokenizer):
@@ -94,8 +100,9 @@ class ByteBPE(Tokenizer):
         """Encode, leaving the lacking bytes out of the words: their neighbours become adjacent."""
         ids: list[int] = []
         for word in regex.findall(self._pattern, text):
-            data = word.encode("utf-8").translate(None, self._lacking)
-            ids += [self._ids[rank] for rank in self._encoding._encode_single_piece(data)]
+            # nothing may be left of a word, and tiktoken fails on nothing
+            if data := word.encode("utf-8").translate(None, self._lacking):
+                ids += [self._ids[rank] for rank in self._encoding._encode_single_piece(data)]
         return ids
 
 
@@ -114,9 +121,6 @@ def _pieces(vocabulary: ByteVocabulary, texts: Mapping[str, bytes], source: Path
     for text, token in vocabulary.tokens.items():
         pieces[token] = texts[text]
     return pieces
-
-
-ALPHABET = byte_alphabet()
 
 
 def _bytes(text: str, source: Path) -> bytes:
@@ -149,10 +153,8 @@ def _ranks(vocabulary: ByteVocabulary, source: Path) -> dict[str, int]:
                 )
         order.setdefault((left, right), place)
     ranks = {text: byte for text, byte in ALPHABET.items() if text in tokens}
-    for left, right in order:
-        parts, last = merge(left + right, order)
-        if len(parts) == 1:
-            ranks[left + right] = len(ALPHABET) + last
+    made = _made(order)
+    ranks |= {text: len(ALPHABET) + place for text, (_, _, place) in made.items()}
     if vocabulary.whole_words:
         _rank_whole_words(ranks, tokens, order, source)
     return ranks
@@ -161,7 +163,7 @@ def _ranks(vocabulary: ByteVocabulary, source: Path) -> dict[str, int]:
 def _rank_whole_words(
     ranks: dict[str, int],
     tokens: Mapping[str, int],
-    order: Mapping[tuple[str, str], int],
+    order: Order,
     source: Path,
 ) -> None:
     """Give tokens that no merges make a rank behind all others: found only as whole words."""
@@ -177,7 +179,51 @@ def _rank_whole_words(
             ranks[text] = len(ALPHABET) + len(order) + len(ranks)
 
 
-def merge(symbols: Sequence[str], order: Mapping[tuple[str, str], int]) -> tuple[list[str], int]:
+def _made(order: Order) -> dict[str, Made]:
+    """Each token that the merges make from its own bytes -> the last of these merges."""
+    made: dict[str, Made] = {}
+    for (left, right), place in order.items():
+        formed = (len(left) == 1 or left in made) and (len(right) == 1 or right in made)
+        if formed and left + right not in made and _stay_apart(left, right, made, order):
+            made[left + right] = (left, right, place)
+    # merges listed before those of their parts are rare, and left to the reference
+    for text in {left + right for left, right in order} - made.keys():
+        parts, last = merge(text, order)
+        if len(parts) == 1:
+            left, right = next(pair for pair, place in order.items() if place == last)
+            made[text] = (left, right, last)
+    return made
+
+
+def _stay_apart(left: str, right: str, made: Mapping[str, Made], order: Order) -> bool:
+    """Whether no merge reaches over the border while the bytes of two neighbours are joined.
+
+    Walks the pieces that meet at the border, in the order in which merges take them up.
+    """
+    never = len(order)
+    lefts, rights = _edge(left, 1, made, never), _edge(right, 0, made, never)
+    while len(lefts) + len(rights) > 2:
+        (last, last_until), (first, first_until) = lefts[-1], rights[-1]
+        across = order.get((last, first), never)
+        # of equal merges the leftmost is done first
+        if across < last_until and across <= first_until:
+            return False
+        (lefts if last_until <= first_until else rights).pop()
+    return True
+
+
+def _edge(text: str, side: int, made: Mapping[str, Made], never: int) -> list[tuple[str, int]]:
+    """The pieces at one end of a token, whole first and byte last, each with the place of the
+    merge that takes it up."""
+    pieces, until = [(text, never)], never
+    while text in made:
+        left, right, until = made[text]
+        text = right if side else left
+        pieces.append((text, until))
+    return pieces
+
+
+def merge(symbols: Sequence[str], order: Order) -> tuple[list[str], int]:
     """Join neighbours by the list of merges, the reference way.
 
     Args:
@@ -188,13 +234,14 @@ def merge(symbols: Sequence[str], order: Mapping[tuple[str, str], int]) -> tuple
         The pieces, and the place of the last merge (-1 without any).
     """
     parts, last, never = list(symbols), -1, len(order)
-    while len(parts) > 1:
-        places = [order.get(pair, never) for pair in zip(parts, parts[1:], strict=False)]
-        first = min(places)
-        if first == never:
-            break
+    places = [order.get(pair, never) for pair in itertools.pairwise(parts)]
+    while (first := min(places, default=never)) < never:
         at, last = places.index(first), first
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del places[at]
+        # only the neighbours on either side have changed
+        for near in range(max(at - 1, 0), min(at + 1, len(places))):
+            places[near] = order.get((parts[near], parts[near + 1]), never)
     return parts, last
 
 

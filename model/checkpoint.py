@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -176,9 +176,7 @@ def _find_weights(path: Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path}: does not exist; give a model folder, a .safetensors or a .gguf")
     if not path.is_dir():
-        if path.suffix in (".safetensors", ".gguf") or path.name.endswith(
-            ".safetensors.index.json"
-        ):
+        if path.name.endswith((".safetensors", ".gguf", ".safetensors.index.json")):
             return path
         check_start(path)
         raise ValueError(f"{path}: is no .safetensors or .gguf file, and no model folder")
@@ -187,10 +185,12 @@ def _find_weights(path: Path) -> Path:
     if len(candidates) > 1:
         names = ", ".join(file.name for file in candidates)
         raise ValueError(f"{path}: holds several models ({names}); give the path of one of them")
-    return candidates[0] if candidates else _explain_none(path)
+    if not candidates:
+        _refuse_folder(path)
+    return candidates[0]
 
 
-def _explain_none(folder: Path) -> Path:
+def _refuse_folder(folder: Path) -> NoReturn:
     files = sorted(file.name for file in folder.iterdir())
     wanted = f"expected {SINGLE}, {INDEX} or one .gguf file"
     if "adapter_model.safetensors" in files:

@@ -81,7 +81,7 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
     tensors = {name: _stored(path, data, start, name, entry) for name, entry in table.items()}
     rope = tensors.pop(_ROPE, None)
     if rope is not None and not rope.loadable:
-        raise ValueError(f"{path}: {_ROPE} is of type {rope.dtype}; it must hold plain numbers")
+        raise ValueError(f"{path}: {_ROPE} is {rope.dtype}; it must hold plain numbers")
     config = LlamaConfig.from_gguf(
         metadata,
         str(path),

@@ -208,7 +208,7 @@ class Llama(nn.Module):
     def logits(self, pack: Pack, adapters: Adapters | None = None) -> Tensor:
         """(T, V) float32 logits of every token of a pack."""
         attend = self.packed_attention(pack.documents)
-        h_TD = self(pack.ids_T, pack.positions_T, attend, adapters)
+        h_TD: Tensor = self(pack.ids_T, pack.positions_T, attend, adapters)
         return (h_TD @ self.head_VD.T).to(torch.promote_types(self.dtype, torch.float32))
 
 

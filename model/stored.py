@@ -37,10 +37,11 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: the file is missing, cut short, or no safetensors file at all.
     """
-    check_start(path)
     try:
         file: Any = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        # only now: a sound file starts with a length, which may look like anything
+        check_start(path)
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); it is cut short or damaged, "
             "download or copy it again"

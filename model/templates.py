@@ -1,13 +1,13 @@
 """Prompt templates: how a record becomes the ids of a prompt and the ids of its answer.
 
-    bioinstruct  Alpaca's preamble, answer under `### Output:`   BioInstruct, arXiv 2310.19975, Table 7
-    medtuned     `### Instruction: ... ### Output: ...`          Llama2-MedTuned, arXiv 2401.00579
-    chatml       <|im_start|>user ... <|im_start|>assistant ...  one user turn, no system turn
+    bioinstruct  Alpaca's preamble, then blocks     BioInstruct, arXiv 2310.19975, Table 7
+    medtuned     `### Instruction: ... ### Output:` Llama2-MedTuned, arXiv 2401.00579
+    chatml       one user turn, no system turn      the <|im_start|> ... <|im_end|> convention
 
 Training and inference build their prompts by the same function, `encode_prompt`. The answer is
 encoded apart from the prompt, so that no token reaches over the boundary between what is and what
-is not learned, and it ends in the template's stop token, which is learned too. The control tokens of
-a template come from the template alone: what a record's text spells is text.
+is not learned, and it ends in the template's stop token, which is learned too. Control tokens come
+from the template alone: what a record's text spells is text.
 """
 
 import difflib
@@ -47,6 +47,14 @@ class Template:
         """The control tokens that the vocabulary must have, each once."""
         named = [part for part in self.prompt if isinstance(part, Control)]
         return list(dict.fromkeys([*named, self.stop]))
+
+    def stop_id(self, tokenizer: Tokenizer) -> int:
+        """Return the id of the token that ends an answer.
+
+        Raises:
+            ValueError: the vocabulary lacks it; get_template refuses such a template beforehand.
+        """
+        return _control_id(self, self.stop, tokenizer)
 
 
 class Sample(NamedTuple):
@@ -124,17 +132,8 @@ def guess_template(tokenizer: Tokenizer) -> str:
     return "bioinstruct" if _missing(TEMPLATES["chatml"], tokenizer) else "chatml"
 
 
-def stop_id(template: Template, tokenizer: Tokenizer) -> int:
-    """Return the id of the token that ends an answer.
-
-    Raises:
-        ValueError: the vocabulary lacks it; get_template refuses such a template beforehand.
-    """
-    return _control_id(template, template.stop, tokenizer)
-
-
 def encode_prompt(
-    template: Template, tokenizer: Tokenizer, instruction: str, input: str = ""
+    template: Template, tokenizer: Tokenizer, instruction: str, input_text: str = ""
 ) -> list[int]:
     """Return the ids of a prompt, for training and for inference alike.
 
@@ -142,25 +141,25 @@ def encode_prompt(
         template: one from get_template for this tokenizer.
         tokenizer: the model's.
         instruction: what to do.
-        input: what to do it with; empty: the template's form without input.
+        input_text: what to do it with; blank: the template's form without input.
 
     Raises:
         ValueError: a text cannot be encoded.
     """
     opens = template.opens_sequence and tokenizer.adds_bos
     ids: list[int] = []
-    for place, part in enumerate(template.prompt if input else template.prompt_without_input):
+    parts = template.prompt if input_text.strip() else template.prompt_without_input
+    for place, part in enumerate(parts):
         if isinstance(part, Control):
             ids.append(_control_id(template, part, tokenizer))
             continue
-        text = part.format(instruction=instruction, input=input)
-        first = place == 0
-        ids += tokenizer.encode(text, bos=opens) if first else tokenizer.encode_continuation(text)
+        text = part.format(instruction=instruction, input=input_text)
+        ids += tokenizer.encode_continuation(text) if place else tokenizer.encode(text, bos=opens)
     return ids
 
 
 def encode_sample(
-    template: Template, tokenizer: Tokenizer, instruction: str, input: str, output: str
+    template: Template, tokenizer: Tokenizer, instruction: str, input_text: str, output: str
 ) -> Sample:
     """Return the ids of a record for training: encode_prompt's, and the answer with its stop token.
 
@@ -168,7 +167,7 @@ def encode_sample(
         template: one from get_template for this tokenizer.
         tokenizer: the model's.
         instruction: what to do.
-        input: what to do it with; may be empty.
+        input_text: what to do it with; blank: the template's form without input.
         output: what to learn to answer; when empty, the framing and the stop token are left.
 
     Raises:
@@ -176,8 +175,8 @@ def encode_sample(
     """
     answer = tokenizer.encode_continuation(template.answer.format(output=output))
     return Sample(
-        prompt_ids=encode_prompt(template, tokenizer, instruction, input),
-        answer_ids=[*answer, stop_id(template, tokenizer)],
+        prompt_ids=encode_prompt(template, tokenizer, instruction, input_text),
+        answer_ids=[*answer, template.stop_id(tokenizer)],
     )
 
 
@@ -187,7 +186,7 @@ def decode_answer(template: Template, tokenizer: Tokenizer, ids: Sequence[int]) 
     Raises:
         ValueError: an id lies outside the vocabulary.
     """
-    stop = stop_id(template, tokenizer)
+    stop = template.stop_id(tokenizer)
     end = list(ids).index(stop) if stop in ids else len(ids)
     return tokenizer.decode_continuation(ids[:end]).strip()
 

@@ -80,11 +80,9 @@ def prepare(run: Run) -> Prepared:
         OSError: a file cannot be read.
     """
     if not run.model.path:
-        raise ValueError(
-            "model.path is not set; give --set model.path=FOLDER or a recipe that does"
-        )
+        raise ValueError("model.path is not set; give --set model.path=FOLDER")
     if not run.data.path:
-        raise ValueError("data.path is not set; give --set data.path=FILE or a recipe that does")
+        raise ValueError("data.path is not set; give --set data.path=FILE")
     files = [_existing(name, "data.path") for name in run.data.path]
     jobs = prepare_jobs(run)
     note(f"loading {run.model.path}")
@@ -174,8 +172,9 @@ def _summary(prepared: Prepared) -> str:
     supervised = tokens.supervised.sum() / tokens.lengths.sum()
     return (
         f"{len(tokens)} samples, {tokens.lengths.sum():,} tokens, {supervised:.1%} supervised, "
-        f"{held} held out; {prepared.num_steps} steps; LoRA r={run.lora.r} alpha={run.lora.alpha:g} "
-        f"on {', '.join(run.lora.targets)}: {prepared.adapters.flat_P.numel():,} trained parameters"
+        f"{held} held out; {prepared.num_steps} steps; LoRA r={run.lora.r} "
+        f"alpha={run.lora.alpha:g} on {', '.join(run.lora.targets)}: "
+        f"{prepared.adapters.flat_P.numel():,} trained parameters"
     )
 
 

@@ -1,8 +1,8 @@
 """What a run writes down: metrics.jsonl, loss.svg, FLOPs and peak memory.
 
 FLOP convention, per step: 4 for every weight of the frozen linears and token (forward and input
-gradient), 4 for every weight of the head and supervised token, 3.5 times the forward FLOPs of causal
-attention, 6 for every adapter weight and token. Recomputation is not counted.
+gradient), 4 for every weight of the head and supervised token, 3.5 times the forward FLOPs of
+causal attention, 6 for every adapter weight and token. Recomputation is not counted.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Which samples a step takes, and how they are packed: a pure function, and the data loader.
 
-An epoch's order is a permutation drawn from a counter-based generator keyed by (seed, epoch); a step
-takes the next samples of it and packs them, best fit decreasing, into packs of at most T tokens.
-Nothing is dropped, truncated or repeated, and there is no state: step k is the same whatever ran
-before it, so resuming means calling plan(k).
+An epoch's order is a permutation drawn from a counter-based generator keyed by (seed, epoch); a
+step takes the next samples of it and packs them, best fit decreasing, into packs of at most T
+tokens. Nothing is dropped, truncated or repeated, and there is no state: step k is the same
+whatever ran before it, so resuming means calling plan(k).
 
 The draw number of a sample, epoch * samples + place in the permutation, never repeats in a run; the
 dropout masks are counted by it.
@@ -162,8 +162,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of a step, counted from 0.
 
-    Linear warm-up reaches the peak at step warmup_steps - 1; then cosine or linear decay, which would
-    reach 0 at step num_steps, or a constant.
+    Linear warm-up reaches the peak at step warmup_steps - 1; then cosine or linear decay, which
+    would reach 0 at step num_steps, or a constant.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -197,7 +197,8 @@ def read_run(recipe: Path | None, overrides: Sequence[str]) -> Run:
     where = str(recipe) if recipe is not None else "--set"
     for override in overrides:
         _set(table, override)
-    return _build(Run, table, "", where)
+    run: Run = _build(Run, table, "", where)
+    return run
 
 
 def _set(table: dict[str, Any], override: str) -> None:
@@ -294,7 +295,11 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c >= " " != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
+        return (
+            '"'
+            + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
+            + '"'
+        )
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return repr(value)

