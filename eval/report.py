@@ -164,7 +164,9 @@ def _entry(result: Result, samples: str) -> dict[str, object]:
 
 
 def _markdown(rows: Sequence[Row], settings: Mapping[str, object]) -> str:
-    asked = "\n".join(f"- {key}: {value}" for key, value in settings.items() if value is not None)
+    asked = "\n".join(
+        f"- {key}: {value}" for key, value in settings.items() if value not in (None, [])
+    )
     cut = [
         f"- {row.system}, {_task_label(r)}: {r.unfinished} answers were cut at "
         f"{r.max_new_tokens} tokens"

@@ -102,6 +102,11 @@ class Module:
         """Its place in the layer, as Hugging Face names it."""
         return TARGETS[self.target][1]
 
+    @property
+    def name(self) -> str:
+        """The tensor that it adapts, by its Hugging Face name."""
+        return f"model.layers.{self.layer}.{self.path}.weight"
+
 
 class Adapters:
     """All adapters of a model, as views of one flat buffer.

@@ -109,8 +109,8 @@ def from_json(path: Path) -> ByteVocabulary:
     model = Fields(root.mapping.get("model"), f"{path}: model")
     _check_model(model)
     vocab = Fields(model.mapping.get("vocab"), f"{path}: model.vocab").mapping
-    if not all(type(token) is int and token >= 0 for token in vocab.values()):
-        raise ValueError(f"{path}: model.vocab: every id must be a whole number from 0 up")
+    if not all(type(token) is int for token in vocab.values()):
+        raise ValueError(f"{path}: model.vocab: every id must be a whole number")
     declared = read_declared(path.parent)
     controls = declared.added | _added(root)
     opens = _opening_token(root)

@@ -24,6 +24,8 @@ from bioinstruct.model.tokenizer import Tokenizer
 
 # tiktoken's matcher overflows its stack on a run of a million blanks
 MAX_BLANKS = 500_000
+# far above any vocabulary's; a damaged file must not ask for terabytes
+MAX_ID = 1 << 24
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -97,7 +99,11 @@ class ByteBPE(Tokenizer):
         return self._encode(text)
 
     def _encode_without(self, text: str) -> list[int]:
-        """Encode, leaving the lacking bytes out of the words: their neighbours become adjacent."""
+        """Encode, leaving the lacking bytes out of the words: their neighbours become adjacent.
+
+        That is what `tokenizers` does. Characters that one Unicode version calls letters and
+        another does not may fall into other words here than in tiktoken's own matcher.
+        """
         ids: list[int] = []
         for word in regex.findall(self._pattern, text):
             # nothing may be left of a word, and tiktoken fails on nothing
@@ -114,6 +120,8 @@ def _pieces(vocabulary: ByteVocabulary, texts: Mapping[str, bytes], source: Path
             raise ValueError(
                 f"{source}: the tokens {owners[token]!r} and {text!r} have the same id {token}"
             )
+        if not 0 <= token <= MAX_ID:
+            raise ValueError(f"{source}: the token {text!r} has the id {token}, which is no id")
         owners[token] = text
     if not owners:
         raise ValueError(f"{source}: the vocabulary is empty")
@@ -128,8 +136,8 @@ def _bytes(text: str, source: Path) -> bytes:
         return bytes(map(ALPHABET.__getitem__, text))
     except KeyError as error:
         raise ValueError(
-            f"{source}: the token {text!r} is not written in the alphabet of bytes "
-            f"({error} is not in it), so this is no byte-level BPE vocabulary"
+            f"{source}: the token {text!r} holds {error}, which is not in the alphabet of bytes, "
+            f"so this is no byte-level BPE vocabulary"
         ) from None
 
 
@@ -142,29 +150,32 @@ def _identity(vocabulary: ByteVocabulary) -> list[bytes]:
 
 def _ranks(vocabulary: ByteVocabulary, source: Path) -> dict[str, int]:
     """Token -> rank: single bytes first, then each token by the merge that makes it."""
-    tokens = vocabulary.tokens
-    order: dict[tuple[str, str], int] = {}
-    for place, (left, right) in enumerate(vocabulary.merges):
-        for text in (left, right, left + right):
-            if text not in tokens:
-                raise ValueError(
-                    f"{source}: merge {place} joins {left!r} and {right!r}, but the vocabulary "
-                    f"lacks {text!r}"
-                )
-        order.setdefault((left, right), place)
-    ranks = {text: byte for text, byte in ALPHABET.items() if text in tokens}
+    order = _order(vocabulary, source)
+    ranks = {text: byte for text, byte in ALPHABET.items() if text in vocabulary.tokens}
     made = _made(order)
     ranks |= {text: len(ALPHABET) + place for text, (_, _, place) in made.items()}
     if vocabulary.whole_words:
-        _rank_whole_words(ranks, tokens, order, source)
+        _rank_whole_words(ranks, vocabulary.tokens, order, source)
     return ranks
 
 
+def _order(vocabulary: ByteVocabulary, source: Path) -> Order:
+    order: dict[tuple[str, str], int] = {}
+    for place, (left, right) in enumerate(vocabulary.merges):
+        for text in (left, right, left + right):
+            if text not in vocabulary.tokens:
+                raise ValueError(
+                    f"{source}: merge {place} joins {left!r} and {right!r}, but {text!r} is no "
+                    f"token of the vocabulary"
+                )
+        if (left, right) in order:
+            raise ValueError(f"{source}: merge {place} joins {left!r} and {right!r} once more")
+        order[left, right] = place
+    return order
+
+
 def _rank_whole_words(
-    ranks: dict[str, int],
-    tokens: Mapping[str, int],
-    order: Order,
-    source: Path,
+    ranks: dict[str, int], tokens: Mapping[str, int], order: Order, source: Path
 ) -> None:
     """Give tokens that no merges make a rank behind all others: found only as whole words."""
     for text in tokens:

@@ -13,7 +13,7 @@ Shapes   T packed tokens, D model width, H query heads, G key/value heads, E hea
          feed-forward width, V vocabulary, N = (H + 2G) * E.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -223,16 +223,18 @@ def _inverse_frequency(config: LlamaConfig, device: torch.device) -> Tensor:
     return frequency_E / torch.tensor(divisors, dtype=torch.float64, device=device)
 
 
-def merged_tensors(model: Llama, adapters: Adapters | None) -> Mapping[str, Tensor]:
-    """The model's tensors by Hugging Face name, adapters added in float32 and rounded once."""
-    places = model.destinations()
-    if adapters is None:
-        return places
-    deltas = {f"model.layers.{m.layer}.{m.path}.weight": m for m in adapters.modules}
-    scale = adapters.settings.scale
-    return {
-        name: weight
-        if name not in deltas
-        else weight.float().addmm_(deltas[name].b_NR, deltas[name].a_RK, alpha=scale).to(weight)
-        for name, weight in places.items()
-    }
+@torch.no_grad()
+def merged_tensors(model: Llama, adapters: Adapters | None) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors by Hugging Face name, one after the other.
+
+    Adapters are added in at least float32 and the sum is rounded once.
+    """
+    modules = {} if adapters is None else {m.name: m for m in adapters.modules}
+    for name, weight in model.destinations().items():
+        if adapters is None or name not in modules:
+            yield name, weight
+            continue
+        module = modules[name]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        a_RK, b_NR = module.a_RK.to(wide), module.b_NR.to(wide)
+        yield name, wide.addmm_(b_NR, a_RK, alpha=adapters.settings.scale).to(weight)

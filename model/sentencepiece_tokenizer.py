@@ -67,7 +67,7 @@ class Sentencepiece(Tokenizer):
             bos_id=_declared_id(declared.bos, controls, self._opening.bos_id(), source),
             eos_id=_declared_id(declared.eos, controls, self._opening.eos_id(), source),
             adds_bos=_adds_bos(declared),
-            lossless=self._opening.normalize(PROBE).removeprefix(BLANK) == _blanked(PROBE),
+            lossless=self._opening.normalize(PROBE) in (_blanked(PROBE), _blanked(" " + PROBE)),
             identity=[model],
         )
         self._prefixes = self._opening.normalize("a").startswith(BLANK)

@@ -121,8 +121,8 @@ def get_template(name: str, tokenizer: Tokenizer) -> Template:
     if missing := _missing(TEMPLATES[name], tokenizer):
         fitting = [other for other, it in TEMPLATES.items() if not _missing(it, tokenizer)]
         raise ValueError(
-            f"the template {name!r} needs the control token {missing[0]}, which the vocabulary of "
-            f"{tokenizer.source} lacks; templates that fit it: {', '.join(fitting) or 'none'}"
+            f"the template {name!r} needs the {missing[0]}, which the tokenizer {tokenizer.source} "
+            f"lacks; templates that fit it: {', '.join(fitting) or 'none'}"
         )
     return TEMPLATES[name]
 
@@ -192,7 +192,8 @@ def decode_answer(template: Template, tokenizer: Tokenizer, ids: Sequence[int]) 
 
 
 def _missing(template: Template, tokenizer: Tokenizer) -> list[str]:
-    return [name for name in template.controls if _lookup(name, tokenizer) is None]
+    absent = [name for name in template.controls if _lookup(name, tokenizer) is None]
+    return [name if name == END_OF_SEQUENCE else f"control token {name}" for name in absent]
 
 
 def _control_id(template: Template, name: str, tokenizer: Tokenizer) -> int:

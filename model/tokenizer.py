@@ -175,12 +175,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         OSError: a file cannot be read.
         ValueError: there is none, it is of an unsupported kind or damaged, or several differ.
     """
-    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no tokenizer can be read from {path}: there is no such file or folder")
     if path.is_file() and path.suffix != ".safetensors":
         return _load_file(path)
     folder = (path if path.is_dir() else path.parent).resolve()
-    if not path.exists():
-        raise ValueError(f"no tokenizer can be read from {path}: there is no such file or folder")
     for place in (folder, folder.parent):
         for pattern in PATTERNS:
             if files := sorted(file for file in place.glob(pattern) if file.is_file()):

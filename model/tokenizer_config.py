@@ -73,7 +73,7 @@ def _added(fields: Fields) -> dict[str, int]:
     if fields.has("added_tokens_decoder"):
         source = f"{fields.source}: added_tokens_decoder"
         for key, entry in Fields(fields.mapping["added_tokens_decoder"], source).mapping.items():
-            if not key.isdecimal():
+            if not key.isdecimal() or len(key) > 7:
                 raise ValueError(f"{source}: {key!r} is not a token id")
             added[Fields(entry, f"{source}: {key}").text("content")] = int(key)
     return added

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bioinstruct.model import Llm, load
 from bioinstruct.train.demo import fetch
 
 # with a workspace of fixed size cuBLAS is deterministic, and poisoned_empty below lets it run
@@ -32,6 +33,13 @@ def poisoned_empty() -> Iterator[None]:
 def data() -> Path:
     """The small real files that stand in the repository."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def stories(data: Path) -> Llm:
+    """A real LLaMA of 260,032 parameters with its tokenizer, in float32 on the CPU."""
+    tokenizer = data / "tokenizers" / "stories260K_tok512.model"
+    return load(data / "stories260K", dtype="float32", device="cpu", tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")
