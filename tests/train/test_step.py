@@ -1,0 +1,212 @@
+"""Laws of a training step, in float32 on a real small model: packing, micro-batches, masters."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bioinstruct.model import Llm
+from bioinstruct.model.adapters import TARGETS, Adapters, LoraSettings
+from bioinstruct.model.llama import Llama
+from bioinstruct.train.batch import collate
+from bioinstruct.train.step import Optimizer, add_gradient, summed_loss, train_step
+from bioinstruct.train.tokens import TokenSet
+
+LENGTHS = (23, 8, 40, 5, 17, 31, 9)
+
+
+@pytest.fixture
+def samples() -> TokenSet:
+    rng = np.random.default_rng(0)
+    sizes = [n + 1 for n in LENGTHS]
+    return TokenSet(
+        rng.integers(3, 512, sum(sizes)).astype(np.uint32),
+        np.cumsum([0, *sizes]),
+        np.array([max(1, n // 2) for n in LENGTHS]),
+        [f"here:{i}" for i in range(len(LENGTHS))],
+    )
+
+
+@pytest.fixture(params=["blocked", "sdpa"])
+def model(stories: Llm, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Llama:
+    monkeypatch.setattr(stories.model, "attention_backend", request.param)
+    return stories.model
+
+
+def adapters(model: Llama, dropout: float = 0.0, **settings: object) -> Adapters:
+    made = Adapters(model.config, LoraSettings(r=4, alpha=8.0, dropout=dropout, **settings))  # type: ignore[arg-type]
+    made.initialise(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        made.flat_P.add_(0.02 * torch.randn(made.flat_P.shape, generator=generator))
+    return made
+
+
+DRAWS = {i: 100 + 7 * i for i in range(len(LENGTHS))}
+
+
+def gradient(
+    model: Llama, samples: TokenSet, split: list[list[int]], dropout: float = 0.0
+) -> tuple[Tensor, float]:
+    """Summed gradient and loss of all samples, in these packs."""
+    trained = adapters(model, dropout)
+    scale = 1 / int(samples.supervised.sum())
+    loss = sum(
+        add_gradient(model, trained, collate(samples, pack, DRAWS), scale, dropout_seed=3)
+        for pack in split
+    )
+    return trained.grad_P.clone(), loss
+
+
+ALL = list(range(len(LENGTHS)))
+SPLITS = {
+    1: [ALL],
+    2: [[0, 2, 4], [1, 3, 5, 6]],
+    5: [[6], [5, 0], [4], [1, 2], [3]],
+    7: [[i] for i in ALL],
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("parts", [2, 5, 7])
+def test_micro_batches_give_the_same_gradient(
+    model: Llama, samples: TokenSet, parts: int, dropout: float
+) -> None:
+    whole, loss = gradient(model, samples, SPLITS[1], dropout)
+    split, split_loss = gradient(model, samples, SPLITS[parts], dropout)
+    assert (whole - split).abs().max() <= 1e-6 * whole.abs().max()
+    assert loss == pytest.approx(split_loss, rel=1e-6)
+
+
+def test_dropout_changes_the_gradient(model: Llama, samples: TokenSet) -> None:
+    plain, _ = gradient(model, samples, SPLITS[1])
+    dropped, _ = gradient(model, samples, SPLITS[1], 0.1)
+    assert (plain - dropped).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_loss_and_gradient_by_finite_differences(stories: Llm, samples: TokenSet) -> None:
+    """The whole step's gradient against the slope of the loss, in float64."""
+    model = Llama(stories.config, dtype=torch.float64)
+    for name, place in stories.model.destinations().items():
+        model.destinations()[name].copy_(place)
+    trained = Adapters(model.config, LoraSettings(r=2, alpha=4.0), dtype=torch.float64)
+    trained.initialise(0)
+    with torch.no_grad():
+        trained.flat_P.add_(0.02 * torch.randn(trained.flat_P.shape, dtype=torch.float64))
+    batch = collate(samples, [0, 1, 2], DRAWS)
+    add_gradient(model, trained, batch, 1.0)
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(trained.flat_P.shape, generator=generator, dtype=torch.float64)
+    slope, eps = float(trained.grad_P @ direction), 1e-5
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            trained.flat_P.add_(direction, alpha=sign * eps)
+        losses.append(summed_loss(model, trained, batch))
+        with torch.no_grad():
+            trained.flat_P.sub_(direction, alpha=sign * eps)
+    assert slope == pytest.approx((losses[0] - losses[1]) / (2 * eps), rel=1e-6)
+
+
+def test_loss_is_the_mean_over_supervised_tokens(stories: Llm, samples: TokenSet) -> None:
+    _, loss = gradient(stories.model, samples, SPLITS[5])
+    total = 0.0
+    trained = adapters(stories.model)
+    for i in ALL:
+        ids, prompt = samples.sample(i)
+        (logits,) = Llm(stories.path, stories.model, stories.tokenizer, trained).logits(
+            [ids.tolist()]
+        )
+        targets = torch.from_numpy(ids[prompt:].astype(np.int64))
+        rows = logits[prompt - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(rows, targets, reduction="sum"))
+    assert loss == pytest.approx(total / samples.supervised.sum(), rel=1e-5)
+
+
+def run(model: Llama, samples: TokenSet, lr: float, steps: int = 3) -> Adapters:
+    trained = adapters(model, dropout=0.05)
+    optimizer = Optimizer(trained)
+    for _ in range(steps):
+        batches = [collate(samples, pack, DRAWS) for pack in SPLITS[2]]
+        train_step(model, optimizer, batches, int(samples.supervised.sum()), lr, dropout_seed=1)
+    return trained
+
+
+def test_the_same_run_twice_is_bitwise_equal(model: Llama, samples: TokenSet) -> None:
+    assert torch.equal(run(model, samples, 1e-3).flat_P, run(model, samples, 1e-3).flat_P)
+
+
+def test_a_tiny_learning_rate_still_moves_the_masters(model: Llama, samples: TokenSet) -> None:
+    """In bfloat16 a step of 1e-6 on weights of this size would be rounded away."""
+    moved = run(model, samples, 1e-6, steps=1).flat_P - adapters(model).flat_P
+    assert (moved != 0).float().mean() > 0.99
+
+
+def test_training_lowers_the_loss(model: Llama, samples: TokenSet) -> None:
+    batch = collate(samples, ALL, DRAWS)
+    before = summed_loss(model, adapters(model), batch)
+    assert summed_loss(model, run(model, samples, 1e-2, steps=8), batch) < 0.9 * before
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_each_target_alone_trains(stories: Llm, samples: TokenSet, target: str) -> None:
+    model = stories.model
+    trained = adapters(model, targets=(target,))
+    add_gradient(model, trained, collate(samples, ALL, DRAWS), 1.0)
+    for module in trained.modules:
+        assert module.target == target
+        assert module.a_RK.grad is not None
+        assert module.b_NR.grad is not None
+        assert module.a_RK.grad.abs().max() > 0
+        assert module.b_NR.grad.abs().max() > 0
+
+
+def test_gradients_are_views_of_the_flat_buffer(stories: Llm, samples: TokenSet) -> None:
+    trained = adapters(stories.model)
+    add_gradient(stories.model, trained, collate(samples, ALL, DRAWS), 1.0)
+    flat = torch.cat(
+        [t.grad.flatten() for m in trained.modules for t in (m.a_RK, m.b_NR) if t.grad is not None]
+    )
+    assert torch.equal(flat, trained.grad_P)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(stories: Llm) -> None:
+    trained = adapters(stories.model)
+    before = trained.flat_P.clone()
+    trained.grad_P[5] = torch.nan
+    optimizer = Optimizer(trained)
+    assert not np.isfinite(optimizer.step(0.1))
+    assert torch.equal(trained.flat_P, before)
+    assert not optimizer.m_P.any()
+    assert not trained.grad_P.any()
+
+
+def test_clipping_limits_the_first_update(stories: Llm, samples: TokenSet) -> None:
+    norms = []
+    for clip in (0.0, 1e-3):
+        trained = adapters(stories.model)
+        optimizer = Optimizer(trained, clip=clip)
+        add_gradient(stories.model, trained, collate(samples, ALL, DRAWS), 1.0)
+        optimizer.step(0.0)
+        norms.append(float(optimizer.m_P.norm()))
+    assert norms[1] == pytest.approx(0.1 * 1e-3, rel=1e-4)
+    assert norms[0] > norms[1]
+
+
+def test_collated_labels_are_the_next_tokens(samples: TokenSet) -> None:
+    batch = collate(samples, [1, 4], DRAWS)
+    rows, labels = batch.rows_S.tolist(), batch.labels_S.tolist()
+    start = 0
+    expected: list[tuple[int, int]] = []
+    for i in (1, 4):
+        ids, prompt = samples.sample(i)
+        assert batch.pack.ids_T[start : start + len(ids) - 1].tolist() == ids[:-1].tolist()
+        expected += [(start + t, int(ids[t + 1])) for t in range(prompt - 1, len(ids) - 1)]
+        start += len(ids) - 1
+    assert list(zip(rows, labels, strict=True)) == expected
+    bounds = batch.pack.documents.bounds
+    assert [b - a for a, b in pairwise(bounds)] == [LENGTHS[1], LENGTHS[4]]
+    assert batch.pack.positions_T.tolist() == [*range(LENGTHS[1]), *range(LENGTHS[4])]
+    assert batch.draws_T.unique_consecutive().tolist() == [DRAWS[1], DRAWS[4]]
