@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import regex  # type: ignore[import-untyped]  # what tiktoken itself depends on
+import regex  # what tiktoken itself depends on
 import tiktoken
 
 from bioinstruct.model.bpe_files import ByteVocabulary

@@ -81,6 +81,7 @@ def generate(
     adapters: Adapters | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    num_tokens: int | None = None,
     stopped: Callable[[list[int]], bool] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
@@ -94,6 +95,7 @@ def generate(
         adapters: LoRA branches to add.
         temperature: 0 takes the likeliest token, otherwise samples from softmax(logits / t).
         seed: of the sampling; sequence i draws from (seed, i).
+        num_tokens: ids at or above it are padding of the embedding and never chosen.
         stopped: asked after each token with an answer's ids; True ends it there.
         on_progress: called with the number of finished prompts.
 
@@ -119,7 +121,9 @@ def generate(
     done = 0
     for batch in _batches(model, prompts, max_new_tokens):
         generators = [torch.Generator().manual_seed(_mixed(seed, i)) for i in batch]
-        decoder = _Decoder(model, adapters, max_new_tokens, set(end_ids), temperature, stopped)
+        decoder = _Decoder(
+            model, adapters, max_new_tokens, set(end_ids), temperature, num_tokens, stopped
+        )
         for i, completion in zip(
             batch, decoder.run([prompts[i] for i in batch], generators), strict=True
         ):
@@ -161,10 +165,12 @@ class _Decoder:
         max_new_tokens: int,
         end_ids: set[int],
         temperature: float,
+        num_tokens: int | None,
         stopped: Callable[[list[int]], bool] | None,
     ):
         self.model, self.adapters, self.max_new_tokens = model, adapters, max_new_tokens
         self.end_ids, self.temperature, self.stopped = end_ids, temperature, stopped
+        self.num_tokens = num_tokens
 
     def run(
         self, prompts: Sequence[Sequence[int]], generators: Sequence[torch.Generator]
@@ -212,7 +218,7 @@ class _Decoder:
         return self._logits(h_BD)
 
     def _logits(self, h_BD: Tensor) -> Tensor:
-        return (h_BD @ self.model.head_VD.T).float()
+        return (h_BD @ self.model.head_VD[: self.num_tokens].T).float()
 
     def _choose(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
         if self.temperature == 0:

@@ -115,6 +115,7 @@ class Llm:
             adapters=self.adapters,
             temperature=temperature,
             seed=seed,
+            num_tokens=tokenizer.vocab_size,
             stopped=stopped if stop else None,
         )
         texts = [tokenizer.decode_continuation(c.ids) for c in completions]
@@ -144,6 +145,7 @@ class Llm:
             max_new_tokens=max_new_tokens,
             end_ids=[*self._end_ids(), chosen.stop_id(self.tokenizer)],
             adapters=self.adapters,
+            num_tokens=self.tokenizer.vocab_size,
             on_progress=on_progress,
         )
         return [

@@ -20,11 +20,12 @@ from pathlib import Path
 import sentencepiece
 
 from bioinstruct.model.tokenizer import Tokenizer
-from bioinstruct.model.tokenizer_config import Declared, read_declared
+from bioinstruct.model.tokenizer_config import read_declared
 
 BLANK = "\u2581"
 # normalizer_spec { add_dummy_prefix: false, remove_extra_whitespaces: false }
 BARE = b"\x1a\x04\x18\x00\x20\x00"
+PIECE, TRAINER_SPEC, NORMALIZER_SPEC = 0x0A, 0x12, 0x1A  # protobuf tags in a ModelProto
 # field 3 of a piece, its type
 USER_DEFINED, CONTROL = b"\x18\x04", b"\x18\x03"
 # blanks, compatibility characters and a combining mark: what normalizers like to rewrite
@@ -66,7 +67,8 @@ class Sentencepiece(Tokenizer):
             controls=controls,
             bos_id=_declared_id(declared.bos, controls, self._opening.bos_id(), source),
             eos_id=_declared_id(declared.eos, controls, self._opening.eos_id(), source),
-            adds_bos=_adds_bos(declared),
+            # LLaMA's and Mistral's own code puts BOS before every sequence unless told otherwise
+            adds_bos=declared.adds_bos is not False,
             lossless=self._opening.normalize(PROBE) in (_blanked(PROBE), _blanked(" " + PROBE)),
             identity=[model],
         )
@@ -85,16 +87,15 @@ class Sentencepiece(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         first, *others = text.split(BLANK)
-        ids: list[int] = self._opening.encode(first)
-        for part in others:
-            ids += self._spelt_blank()
-            ids += self._inner.encode(part)
-        return ids
+        return self._joined(self._opening.encode(first), others)
 
     def _encode_continuation(self, text: str) -> list[int]:
         first, *others = text.split(BLANK)
-        ids: list[int] = self._inner.encode(first)
-        for part in others:
+        return self._joined(self._inner.encode(first), others)
+
+    def _joined(self, ids: list[int], parts: list[str]) -> list[int]:
+        """The ids, and those of the parts, each behind a U+2581 of the text's own."""
+        for part in parts:
             ids += self._spelt_blank()
             ids += self._inner.encode(part)
         return ids
@@ -123,10 +124,14 @@ def _processor(model: bytes, source: Path) -> sentencepiece.SentencePieceProcess
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
-        raise ValueError(
-            f"{source} is no tokenizer that can be read: not a sentencepiece model (or a damaged "
-            f"one), not a JSON file, not a GGUF file"
-        ) from None
+        raise _unreadable(source) from None
+
+
+def _unreadable(source: Path) -> ValueError:
+    return ValueError(
+        f"{source} is no tokenizer that can be read: not a sentencepiece model (or a damaged one), "
+        f"not a JSON file, not a GGUF file"
+    )
 
 
 def _declared_id(name: str | None, controls: dict[str, int], own: int, source: Path) -> int | None:
@@ -135,15 +140,10 @@ def _declared_id(name: str | None, controls: dict[str, int], own: int, source: P
         return own if own >= 0 else None
     if name not in controls:
         raise ValueError(
-            f"tokenizer_config.json beside {source} names {name!r} as the begin or end of a "
-            f"sequence, but the vocabulary has no such control token"
+            f"tokenizer_config.json beside {source} says that {name!r} begins or ends a sequence, "
+            f"but the vocabulary has no such control token"
         )
     return controls[name]
-
-
-def _adds_bos(declared: Declared) -> bool:
-    # LLaMA's and Mistral's own code puts BOS before every sequence unless told otherwise
-    return declared.adds_bos is not False
 
 
 def _blanked(text: str) -> str:
@@ -152,21 +152,29 @@ def _blanked(text: str) -> str:
 
 def _markers_to_control(source: Path) -> bytes:
     """The model's bytes, with the user-defined symbols that hold a letter made control tokens."""
-    data = source.read_bytes()
-    out = bytearray()
+    out, tags = bytearray(), set()
+    with source.open("rb") as file:
+        # weights given by mistake are not read whole
+        data = file.read(1)
+        data += file.read() if data == bytes([PIECE]) else b""
     try:
         for tag, whole, payload in _fields(data):
-            marker = tag == 0x0A and USER_DEFINED in payload and _is_marker(payload)
+            marker = tag == PIECE and USER_DEFINED in payload and _is_marker(payload)
             out += _piece_field(payload + CONTROL) if marker else whole
+            tags.add(tag)
     except IndexError:
-        return data  # not protobuf; sentencepiece will say so
+        raise _unreadable(source) from None
+    # pieces come first: without the settings behind them the file was cut between two fields
+    if not tags >= {PIECE, TRAINER_SPEC, NORMALIZER_SPEC}:
+        raise _unreadable(source)
     return bytes(out)
 
 
 def _is_marker(payload: bytes) -> bool:
+    """Whether a piece is user-defined and holds a letter."""
     fields = {tag: (whole, content) for tag, whole, content in _fields(payload)}
-    text = fields.get(0x0A, (b"", b""))[1].decode("utf-8", errors="replace")
-    return fields.get(0x18, (b"", b""))[0] == USER_DEFINED and any(map(str.isalpha, text))
+    (_, text), (kind, _) = fields.get(0x0A, (b"", b"")), fields.get(0x18, (b"", b""))
+    return kind == USER_DEFINED and any(map(str.isalpha, text.decode("utf-8", "replace")))
 
 
 def _piece_field(payload: bytes) -> bytes:
@@ -174,7 +182,7 @@ def _piece_field(payload: bytes) -> bytes:
     while length > 0x7F:
         size.append(length & 0x7F | 0x80)
         length >>= 7
-    return b"\x0a" + bytes(size) + bytes([length]) + payload
+    return bytes([PIECE, *size, length]) + payload
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
@@ -206,3 +214,5 @@ def _varint(data: bytes, offset: int) -> tuple[int, int]:
         offset, shift = offset + 1, shift + 7
         if byte < 0x80:
             return value, offset
+        if shift > 63:
+            raise IndexError("a number of more than 64 bits")

@@ -168,8 +168,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Args:
         path: a sentencepiece model, tokenizer.json or GGUF file; or a folder: the first of PATTERNS
-            found in it, else in its parent, is taken (`source` of the result says which). A
-            .safetensors file stands for its folder.
+            found in it, else in the folder above, is taken (`source` of the result says which).
+            A .safetensors file stands for its folder.
 
     Raises:
         OSError: a file cannot be read.
@@ -180,10 +180,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_file() and path.suffix != ".safetensors":
         return _load_file(path)
     folder = (path if path.is_dir() else path.parent).resolve()
-    for place in (folder, folder.parent):
-        for pattern in PATTERNS:
-            if files := sorted(file for file in place.glob(pattern) if file.is_file()):
-                return _only(files)
+    places = [(folder, pattern) for pattern in PATTERNS]
+    # a GGUF file in the folder above is another model
+    places += [(folder.parent, pattern) for pattern in PATTERNS if pattern != "*.gguf"]
+    for place, pattern in places:
+        if files := sorted(file for file in place.glob(pattern) if file.is_file()):
+            return _only(files)
     raise ValueError(
         f"no tokenizer was found in {folder} or the folder above it: looked for "
         f"{', '.join(PATTERNS)}; put the model's own there, or name its file in model.tokenizer"

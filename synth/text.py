@@ -108,7 +108,8 @@ def _decode(text: str, at: int, path: Path) -> tuple[object, int]:
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise _broken(path, error) from error
+        start = text.count("\n", 0, at) + 1
+        raise _broken(path, error, start) from error
     except (ValueError, RecursionError) as error:  # a doubled field, a huge number, deep nesting
         line = text.count("\n", 0, at) + 1
         raise ValueError(f"{path}:{line}: the JSON value that begins here: {error}") from error
@@ -132,10 +133,15 @@ def _refuse_rest(text: str, at: int, path: Path) -> None:
         raise _broken(path, json.JSONDecodeError("something follows the end", text, at))
 
 
-def _broken(path: Path, error: json.JSONDecodeError) -> ValueError:
+def _broken(path: Path, error: json.JSONDecodeError, start: int | None = None) -> ValueError:
+    """Word a decoding error; start is the line where the broken value begins, where one does."""
     rest = error.doc[error.pos : error.pos + 30].split("\n")[0]
     seen = f" at {rest!r}" if rest else " at the end of the file" if _at_end(error) else ""
-    return ValueError(f"{path}:{error.lineno}:{error.colno}: broken JSON: {error.msg}{seen}")
+    begun = (
+        f" (in the value that begins in line {start})" if start not in (None, error.lineno) else ""
+    )
+    place = f"{path}:{error.lineno}:{error.colno}"
+    return ValueError(f"{place}: broken JSON: {error.msg}{seen}{begun}")
 
 
 def _at_end(error: json.JSONDecodeError) -> bool:

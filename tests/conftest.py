@@ -21,6 +21,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs an NVIDIA GPU")
 
 
+# the models of most tests are so small that a second thread only waits for the first
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
     """Fill every torch.empty with NaN, so that an unwritten output cannot pass."""

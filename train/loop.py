@@ -355,6 +355,7 @@ def _write_samples(prepared: Prepared, step: int, out: Path) -> None:
         max_new_tokens=min(SAMPLE_TOKENS, room),
         end_ids=[template.stop_id(llm.tokenizer)],
         adapters=prepared.adapters,
+        num_tokens=llm.tokenizer.vocab_size,
     )
     with (out / "samples.jsonl").open("a", encoding="utf-8") as file:
         for i, ((ids, prompt), completion) in enumerate(zip(pairs, completions, strict=True)):

@@ -248,10 +248,26 @@ def _build(kind: type[Any], table: Mapping[str, Any], prefix: str, where: str) -
 
 def _suggestion(name: str) -> str:
     known = keys()
-    close = difflib.get_close_matches(name, known, 1, 0.6)
-    if not close:  # the right key in the wrong table
-        close = [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
+    tables = sorted({k.split(".")[0] for k in known})
+    # the right key in the wrong table comes first, then likely slips
+    last = name.split(".")[-1]
+    close = [k for k in known if k.split(".")[-1] == last] + _ELSEWHERE.get(last, [])
+    close += difflib.get_close_matches(name, [*tables, *known], 1, 0.5)
     return f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
+
+
+# what other trainers call these keys
+_ELSEWHERE = {
+    "learning_rate": ["train.lr"],
+    "batch_size": ["train.batch_samples"],
+    "max_grad_norm": ["train.clip"],
+    "lr_scheduler_type": ["train.schedule"],
+    "max_seq_length": ["data.max_tokens_per_pack"],
+    "base_model": ["model.path"],
+    "lora_alpha": ["lora.alpha"],
+    "target_modules": ["lora.targets"],
+    "rank": ["lora.r"],
+}
 
 
 def _value(hint: Any, value: Any, name: str, where: str) -> Any:

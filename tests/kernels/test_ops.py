@@ -1,5 +1,5 @@
 """Every op against its reference in float64: outputs and all gradients, on shapes that divide
-nothing. The budget is twice eager's own error in the same dtype plus one unit at the tensor's scale.
+nothing. The budget is twice eager's own error in the same dtype plus one unit at the scale of all.
 """
 
 import sys

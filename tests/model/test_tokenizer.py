@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
@@ -95,7 +95,7 @@ def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
     else:
         # this model removes blanks at the ends and in runs, and says so
         assert not tokenizer.lossless
-        assert back.split(" ") == [word for word in text.split(" ") if word] or not back.strip(" ")
+        assert back.replace(" ", "") == text.replace(" ", "")
 
 
 @given(shipped, texts, texts)
@@ -103,16 +103,11 @@ def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
 def test_a_continuation_adds_its_text_and_nothing_else(
     tokenizer: Tokenizer, before: str, after: str
 ) -> None:
-    start = tokenizer.encode(before)
-    whole = tokenizer.decode(start + tokenizer.encode_continuation(after))
+    # a text before it that leaves no ids would make the continuation the start
+    start, added = tokenizer.encode("x" + before), tokenizer.encode_continuation(after)
     if not tokenizer.lacking(before + after):
-        # sentencepiece's first blank is its own, and with no text before there is none to remove
-        assert whole == tokenizer.decode(start) + (after if start else after.removeprefix(" ")) or (
-            tokenizer.kind == "bpe" and whole == before + after
-        )
-    assert tokenizer.decode_continuation(tokenizer.encode_continuation(after)) == without_lacking(
-        tokenizer, after
-    )
+        assert tokenizer.decode(start + added) == tokenizer.decode(start) + after
+    assert tokenizer.decode_continuation(added) == without_lacking(tokenizer, after)
 
 
 @given(shipped, texts)
@@ -189,13 +184,8 @@ def test_a_run_of_blanks_too_long_for_the_matcher_is_refused(name: str) -> None:
             SHIPPED[name].encode(text)
 
 
-@given(st.integers(0, 2), st.data())
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-def test_any_ids_decode(index: int, draw: st.DataObject) -> None:
-    tokenizer = list(SHIPPED.values())[index]
-    ids = draw.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
-    assert isinstance(tokenizer.decode(ids), str)
-    assert tokenizer.decode(ids) in (
-        tokenizer.decode_continuation(ids),
-        tokenizer.decode_continuation(ids)[1:],
-    )
+@given(shipped, st.lists(st.integers(0, 511), max_size=20))
+def test_any_ids_decode(tokenizer: Tokenizer, ids: list[int]) -> None:
+    whole, inner = tokenizer.decode(ids), tokenizer.decode_continuation(ids)
+    # only the blank that sentencepiece puts before a text is taken away
+    assert whole == (inner.removeprefix(" ") if tokenizer.kind == "sentencepiece" else inner)

@@ -1,0 +1,187 @@
+"""What the benches share: alternating timing, statistics, the machine's description, one JSON line.
+
+The speed of a host drifts with its clock, its heat and its neighbours. So the variants take turns,
+A B C A B C, and two of them are compared by the median of their ratios, round by round: what
+drifts slower than a round cancels. Peak memory is a process's own and never falls, so whatever is
+measured for memory runs in a process of its own, started while its parent is still small: Linux
+lets a new process inherit the parent's peak at that moment.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bioinstruct.synth.console import Progress
+from bioinstruct.train.metrics import peak_memory_bytes
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+"""What decides how fast a CPU multiplies, as Linux names it."""
+
+
+class Summary(NamedTuple):
+    """A distribution of measured values, in their unit."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of at least one value, by name."""
+    p20, median, p80 = (float(v) for v in np.percentile(values, (20, 50, 80)))
+    return Summary(median, p20, p80)._asdict()
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median of the ratios round by round; both hold one value a round."""
+    return float(np.median([a / b for a, b in zip(numerators, denominators, strict=True)]))
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's queue emptied before and after."""
+    _synchronise(device)
+    start_s = time.perf_counter()
+    call()
+    _synchronise(device)
+    return time.perf_counter() - start_s
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Time the variants in turn, after one round that is not counted.
+
+    Args:
+        variants: what to call, by name.
+        rounds: how often each is timed, at least 1.
+        device: where they run.
+
+    Returns:
+        Seconds by name, one value a round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    progress = Progress("timing", rounds + 1)
+    for done in range(rounds + 1):
+        for name, call in variants.items():
+            duration_s = seconds_of(call, device)
+            if done > 0:
+                seconds[name].append(duration_s)
+        progress.update(done + 1)
+    return seconds
+
+
+def alone_row(
+    tokens: int, seconds: Sequence[float], grad_norm: float, device: torch.device
+) -> dict[str, Any]:
+    """What a process reports that took one variant's steps and nothing else.
+
+    Args:
+        tokens: input tokens of a step.
+        seconds: of each timed step.
+        grad_norm: of the last step.
+        device: where they ran.
+    """
+    return {
+        "tokens_per_s": tokens / summary(seconds)["median"],
+        "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),
+        "peak_gpu_bytes": None if device.type == "cpu" else peak_memory_bytes(device),
+        "grad_norm": grad_norm,
+    }
+
+
+def run_alone(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run a script of ours in its own process and return the JSON object it prints last.
+
+    Raises:
+        ValueError: the process failed; what it said went to stderr.
+    """
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"{shlex.join(command)} ended with exit code {done.returncode}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def describe(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What a figure depends on beside the code: machine, versions, commit, command, date."""
+    cpu = _cpu_info()
+    flags = set(cpu.get("flags", "").split())
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "numpy", *packages)},
+        },
+        "commit": _commit(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_info() -> dict[str, str]:
+    """Fields of the first processor; empty where the system does not list them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def report(row: Mapping[str, Any], out: Path | None) -> None:
+    """Print a row as one JSON line, and append a copy to out.
+
+    Raises:
+        ValueError: a value that JSON cannot hold (NaN, infinity).
+        OSError: out cannot be written to; the line was printed.
+    """
+    line = json.dumps(row, allow_nan=False)
+    print(line, flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # one write of one line, so that two benches may share a file
+        handle = os.open(out, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, line.encode() + b"\n")
+        finally:
+            os.close(handle)

@@ -1,0 +1,208 @@
+"""Makes the golden files beside it, with transformers and peft; no test runs it.
+
+    python tests/data/peft_golden/make.py            make the files anew
+    python tests/data/peft_golden/make.py --check    compare the files with what these versions say
+    ... --smollm2 FILE.gguf                          the same for smollm2.npz
+
+It needs this project, transformers and peft in one environment, which should be a throwaway one:
+the project itself does without both. They are asked for by name here, for the same reason.
+
+seven/, two/     adapters of stories260K, written by peft: seven projections, and q and v alone in
+                 bfloat16. Their numbers are random, B is not zero.
+exported/        the two configurations that we write and that peft and transformers opened: of
+                 `seven` saved again by us, and of the exported model
+golden.npz       ids_0, ids_1: token ids; and float32 logits of both, one below the other:
+                 seven, two   transformers + peft, the adapter as peft wrote it
+                 plain        transformers, the model as we export it (one file, and in shards)
+                 merged       transformers, the model as we export it with `seven` merged
+smollm2.npz      transformers on SmolLM2-135M-Instruct as we export it from its GGUF file: ids_0,
+                 ids_1, and every 768th logit
+made.json        versions, and by how much our own logits differed here (largest absolute)
+
+Run it again when what we write changes: tests/model/test_export.py then says so.
+"""
+
+import argparse
+import importlib
+import json
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bioinstruct.model import load
+from bioinstruct.model.adapters import CONFIG, Adapters
+from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
+from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
+
+HERE = Path(__file__).parent
+BASE = HERE.parent / "stories260K"
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROMPTS = "The patient was given 5 mg of warfarin daily.", "Question: what is ataxia?\nAnswer:"
+ALLOWED = 1e-4
+
+
+def module(name: str) -> Any:
+    """Import a library that the project does without."""
+    return importlib.import_module(name)
+
+
+def their_model(folder: Path) -> Any:
+    """Open a model folder in transformers, in float32."""
+    return module("transformers").LlamaForCausalLM.from_pretrained(folder).float().eval()
+
+
+def our_model(path: Path) -> Llama:
+    """Open a model in this project, in float32."""
+    checkpoint = open_checkpoint(path)
+    model = Llama(checkpoint.config)
+    checkpoint.load_into(model.destinations())
+    return model
+
+
+@torch.inference_mode()
+def their_logits(model: Any, documents: list[list[int]]) -> Tensor:
+    """Logits of every document alone, one below the other."""
+    return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in documents])
+
+
+@torch.inference_mode()
+def our_logits(model: Llama, documents: list[list[int]], adapters: Adapters | None) -> Tensor:
+    """The same of ours, all documents in one pack."""
+    return model.logits(pack_documents(documents), adapters)
+
+
+def documents_of_story() -> list[list[int]]:
+    """Two pieces of a text that stories260K writes."""
+    ids = np.load(BASE / "stories260K_golden.npz")["ids"].tolist()
+    return [ids[:10], ids[60:66]]
+
+
+def make_adapter(folder: Path, seed: int, dtype: torch.dtype, **settings: Any) -> None:
+    """Let peft write an adapter of random numbers."""
+    peft = module("peft")
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(their_model(BASE), config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+            if "lora_" in name:
+                weight.data = weight.data.to(dtype)
+    model.peft_config["default"].base_model_name_or_path = "stories260K"
+    model.save_pretrained(folder, save_embedding_layers=False)  # which asks no network
+    (folder / "README.md").unlink()
+
+
+def export(folder: Path) -> None:
+    """Write with this project what the other two are to open."""
+    model = our_model(BASE)
+    adapters = Adapters.load(HERE / "seven", model.config)
+    adapters.save(folder / "adapter", "stories260K")
+    config = model.config
+    save_checkpoint(folder / "plain", config, merged_tensors(model, None))
+    save_checkpoint(folder / "shards", config, merged_tensors(model, None), max_shard_bytes=300_000)
+    save_checkpoint(folder / "merged", config, merged_tensors(model, adapters))
+
+
+def outputs(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Logits by transformers and peft of what they wrote and of our exports, and our errors."""
+    documents, peft, ours = documents_of_story(), module("peft"), our_model(BASE)
+    export(folder)
+
+    def with_adapter(path: Path) -> Tensor:
+        model = peft.PeftModel.from_pretrained(their_model(BASE), path)
+        return their_logits(model.eval(), documents)
+
+    places = {"seven": HERE / "seven", "two": HERE / "two", "exported seven": folder / "adapter"}
+    golden = {name: with_adapter(path) for name, path in places.items()}
+    for name in ("plain", "shards", "merged"):
+        golden[name] = their_logits(their_model(folder / name), documents)
+    adapters = {name: Adapters.load(path, ours.config) for name, path in places.items()}
+    adapters["merged"] = adapters["seven"]
+    errors = {
+        name: float((our_logits(ours, documents, adapters.get(name)) - logits).abs().max())
+        for name, logits in golden.items()
+    }
+    return golden, errors
+
+
+def smollm2_outputs(path: Path, folder: Path) -> tuple[dict[str, Any], float]:
+    """Export a GGUF model and open it in transformers: what goes to smollm2.npz, and our error."""
+    llm = load(path, dtype="float32", device="cpu")
+    documents = [llm.tokenizer.encode(prompt) for prompt in PROMPTS]
+    save_checkpoint(folder / "smollm2", llm.config, merged_tensors(llm.model, None))
+    theirs = their_logits(their_model(folder / "smollm2"), documents)
+    error = float((torch.cat(llm.logits(documents)) - theirs).abs().max())
+    return ids_of(documents) | {"logits": theirs[:, ::768].numpy()}, error
+
+
+def ids_of(documents: list[list[int]]) -> dict[str, Any]:
+    """Token ids as the files hold them."""
+    return {f"ids_{i}": np.array(document) for i, document in enumerate(documents)}
+
+
+def main() -> None:
+    """Make the files, or compare with them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--smollm2", type=Path, metavar="FILE", help="a GGUF file of SmolLM2")
+    arguments = parser.parse_args()
+    warnings.simplefilter("error", UserWarning)  # peft warns of tensors that do not fit
+    # an older peft reads what a newer one wrote
+    warnings.filterwarnings("ignore", "Unexpected keyword arguments", UserWarning)
+    if not arguments.check:
+        make_adapter(HERE / "seven", 0, torch.float32, r=4, lora_alpha=6, target_modules=SEVEN)
+        make_adapter(
+            HERE / "two", 1, torch.bfloat16, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
+        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        golden, errors = outputs(folder)
+        files = {"golden.npz": ids_of(documents_of_story()) | kept(golden)}
+        if arguments.smollm2:
+            files["smollm2.npz"], errors["smollm2"] = smollm2_outputs(arguments.smollm2, folder)
+        if not arguments.check:
+            write(folder, files, errors)
+    # what they compute on our files is what they compute on their own
+    again = {"exported seven": "seven", "shards": "plain"}
+    assert all(torch.equal(golden[ours], golden[theirs]) for ours, theirs in again.items())
+    for name, arrays in files.items():
+        stored = np.load(HERE / name)
+        for key, array in arrays.items():
+            print(f"{name} {key}: {np.abs(stored[key] - array).max():.1e} from the file")
+    print(json.dumps(versions() | {"our largest errors": errors}, indent=2))
+    assert max(errors.values()) < ALLOWED, "ours differ"
+
+
+def kept(golden: dict[str, Tensor]) -> dict[str, Any]:
+    """The logits that go to golden.npz."""
+    return {name: golden[name].numpy() for name in ("seven", "two", "plain", "merged")}
+
+
+def versions() -> dict[str, str]:
+    """What computed the numbers."""
+    names = ("transformers", "peft", "torch", "safetensors", "numpy")
+    return {name: version(name) for name in names}
+
+
+def write(folder: Path, files: dict[str, dict[str, Any]], errors: dict[str, float]) -> None:
+    """Put the golden files beside this one."""
+    exported = HERE / "exported"
+    exported.mkdir(exist_ok=True)
+    for source in (folder / "plain" / "config.json", folder / "adapter" / CONFIG):
+        (exported / source.name).write_bytes(source.read_bytes())
+    for name, arrays in files.items():
+        np.savez_compressed(HERE / name, **arrays)
+    made = {"versions": versions(), "our_largest_errors": errors}
+    (HERE / "made.json").write_text(json.dumps(made, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The command line: a whole small run, its files, and every wrong input in one sentence."""
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from bioinstruct.synth.console import Stopped
+from bioinstruct.train.main import command
+
+ROOT = Path(__file__).parents[2]
+MAIN = ROOT / "train" / "main.py"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def settings(data: Path, tmp_path: Path) -> dict[str, str]:
+    """A run on a real small model and real records, as --set flags."""
+    return {
+        "model.path": str(data / "stories260K"),
+        "model.tokenizer": str(data / "tokenizers" / "stories260K_tok512.model"),
+        "model.dtype": "float32",
+        "device": "cpu",
+        "data.path": str(data / "bioinstruct_real_sample_32.json"),
+        "data.on_overlong": "truncate",
+        "data.max_tokens_per_pack": "512",
+        "data.validation": "0.1",
+        "train.steps": "4",
+        "train.batch_samples": "4",
+        "train.lr": "1e-3",
+        "lora.r": "4",
+        "out": str(tmp_path / "out"),
+    }
+
+
+def flags(settings: dict[str, str]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def call(settings: dict[str, str], *more: str) -> None:
+    """Run the command in this process; errors come as they are."""
+    command.main([*flags(settings), *more], standalone_mode=False)
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_writes_what_is_promised(settings: dict[str, str], tmp_path: Path) -> None:
+    call(settings, "--set", "train.eval_every=2")
+    out = tmp_path / "out"
+    metrics = rows(out / "metrics.jsonl")
+    steps = [row for row in metrics if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    fields = (
+        "step epoch loss lr grad_norm tokens supervised_tokens tokens_per_s mfu peak_memory_bytes"
+    )
+    assert all(set(row) == set(fields.split()) for row in steps)
+    assert all(row["mfu"] is None and row["grad_norm"] > 0 for row in steps)  # type: ignore[operator]
+    assert [row["step"] for row in metrics if "val_loss" in row] == [2, 4]
+    assert len(rows(out / "samples.jsonl")) == 2 * 3
+    assert (out / "loss.svg").read_text().startswith("<svg")
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert all(t.abs().max() > 0 for t in tensors.values())
+    made = tomllib.loads((out / "run.toml").read_text())["made"]
+    assert made["steps"] == 4
+    assert made["torch"] == torch.__version__
+
+
+def test_run_toml_repeats_the_run_bitwise(settings: dict[str, str], tmp_path: Path) -> None:
+    call(settings, "--set", "lora.dropout=0.1")
+    again = tmp_path / "again"
+    recipe = str(tmp_path / "out" / "run.toml")
+    command.main([recipe, "--set", f"out={again}"], standalone_mode=False)
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    timed = ("tokens_per_s", "peak_memory_bytes")
+    one, two = (
+        [{k: v for k, v in row.items() if k not in timed} for row in rows(f / "metrics.jsonl")]
+        for f in (tmp_path / "out", again)
+    )
+    assert one == two
+
+
+def test_dry_run_writes_no_run(
+    settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(settings, "--dry-run")
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert "4 steps" in printed
+    assert "its last supervised token is 2" in printed
+
+
+def test_save_every_writes_the_adapter_early(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+    monkeypatch.setattr(
+        "bioinstruct.model.adapters.Adapters.save", lambda self, folder, base: saved.append(folder)
+    )
+    call(settings, "--set", "train.save_every=1")
+    assert saved == [tmp_path / "out" / "adapter"] * 4
+
+
+def test_tasks_are_scored_before_and_after(
+    settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "small.tsv"
+    corpus.write_text("Ataxia\tB-Disease\nis\tO\nrare\tO\n\nNo\tO\ndisease\tO\n\n")
+    tasks = f'["ncbi-disease={corpus}"]'
+    call(settings, "--set", f"eval.tasks={tasks}", "--set", f"eval.lexicon={corpus}")
+    report = (tmp_path / "out" / "report.md").read_text()
+    for text in ("before tuning", "after tuning", "training lexicon, case folded", "100.0"):
+        assert text in report
+    assert "the tuned model is not above the baseline" in capsys.readouterr().out
+    for stage in ("before", "after"):
+        assert (tmp_path / "out" / f"eval-{stage}" / "results.json").is_file()
+
+
+def bad_json(data: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
+    return {"data.path": str(tmp / "bad.jsonl")}
+
+
+def missing_field(data: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "bad.jsonl").write_text('{"instruction": "a", "ouput": "b"}\n')
+    return {"data.path": str(tmp / "bad.jsonl")}
+
+
+def wrong_type(data: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "bad.jsonl").write_text('{"instruction": "a", "output": 3}\n')
+    return {"data.path": str(tmp / "bad.jsonl")}
+
+
+def empty_file(data: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "bad.jsonl").write_text("")
+    return {"data.path": str(tmp / "bad.jsonl")}
+
+
+def binary_file(data: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "bad.jsonl").write_bytes(bytes(range(256)) * 40)
+    return {"data.path": str(tmp / "bad.jsonl")}
+
+
+def cut_gzip(data: Path, tmp: Path) -> dict[str, str]:
+    whole = gzip.compress(b'{"instruction": "a", "output": "b"}\n' * 500)
+    (tmp / "bad.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    return {"data.path": str(tmp / "bad.jsonl.gz")}
+
+
+def cut_weights(data: Path, tmp: Path) -> dict[str, str]:
+    shutil.copytree(data / "stories260K", tmp / "cut")
+    weights = tmp / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500_000])
+    return {"model.path": str(tmp / "cut")}
+
+
+def no_weights(data: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "hollow").mkdir()
+    return {"model.path": str(tmp / "hollow")}
+
+
+def other_vocabulary(data: Path, tmp: Path) -> dict[str, str]:
+    # SmolLM2-like vocabularies are larger than the 512 rows of stories260K
+    return {"model.tokenizer": str(data / "tokenizers" / "llama3_bpe")}
+
+
+def existing_run(data: Path, tmp: Path) -> dict[str, str]:
+    (tmp / "out").mkdir()
+    (tmp / "out" / "run.toml").write_text("")
+    return {}
+
+
+def overlong(data: Path, tmp: Path) -> dict[str, str]:
+    return {"data.on_overlong": "error"}
+
+
+BAD: list[tuple[Callable[[Path, Path], dict[str, str]], str]] = [
+    (bad_json, r"bad\.jsonl:3:1: broken JSON.*begins in line 2"),
+    (missing_field, r"bad\.jsonl:1.*output"),
+    (wrong_type, r"bad\.jsonl:1.*output"),
+    (empty_file, r"bad\.jsonl.*empty"),
+    (binary_file, r"bad\.jsonl"),
+    (cut_gzip, r"bad\.jsonl\.gz"),
+    (cut_weights, r"model\.safetensors"),
+    (no_weights, r"hollow"),
+    (other_vocabulary, r"tokenizer has \d+ tokens but the model .* has 512"),
+    (existing_run, r"already holds a run"),
+    (overlong, r"records over 512 tokens: .*json:\d+"),
+    (lambda d, t: {"data.path": str(t / "nowhere.jsonl")}, "there is no file .*nowhere"),
+    (lambda d, t: {"model.path": str(t / "nowhere")}, "nowhere"),
+    (lambda d, t: {"data.template": "chatml"}, "chatml.*needs the control token"),
+    (lambda d, t: {"data.template": "alpacca"}, "no template is called 'alpacca'"),
+    (lambda d, t: {"device": "gpu"}, "device = 'gpu' is unknown"),
+    (lambda d, t: {"attention": "flash3"}, "attention = 'flash3' is unknown"),
+    (lambda d, t: {"data.validation": "0.99"}, "leaves none to train on"),
+    (lambda d, t: {"eval.tasks": f"pubmedqa={t}/x"}, "x"),
+    (lambda d, t: {"eval.tasks": f"pubmedq={t}/x"}, "did you mean pubmedqa"),
+    (lambda d, t: {"train.stepz": "1"}, r"did you mean train\.steps"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), BAD)
+def test_wrong_input_is_one_sentence_and_writes_nothing(
+    spoil: Callable[[Path, Path], dict[str, str]],
+    sentence: str,
+    settings: dict[str, str],
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    changed = {**settings, **spoil(data, tmp_path)}
+    existed = (tmp_path / "out").exists()
+    with pytest.raises((ValueError, OSError), match=sentence) as caught:
+        call(changed)
+    assert "\n" not in str(caught.value)
+    assert existed or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--resume"], "--resume is not supported by this version"),
+        (["nowhere.toml"], "there is no recipe nowhere.toml"),
+        (["--sett", "a=1"], "No such option"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], sentence: str) -> None:
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2
+    assert sentence in result.output
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(command, [])
+    assert result.exit_code == 2
+    assert "use --nproc-per-node 1" in result.output
+
+
+def test_a_loss_that_is_not_finite_names_the_records(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bioinstruct.train.step import StepResult
+
+    monkeypatch.setattr(
+        "bioinstruct.train.loop.train_step", lambda *a: StepResult(float("nan"), 1.0)
+    )
+    with pytest.raises(ValueError, match=r"step 1 is not a finite number; .*sample_32.json:\d+"):
+        call(settings)
+
+
+def run_main(settings: dict[str, str], **options: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(MAIN), *flags(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "code", "sentence"),
+    [
+        ({"train.lrr": "1"}, 1, "error: --set: unknown key train.lrr; did you mean train.lr?"),
+        ({"data.path": "/nowhere"}, 1, "error: data.path: there is no file /nowhere"),
+    ],
+)
+def test_exit_codes_of_the_script(
+    settings: dict[str, str], changes: dict[str, str], code: int, sentence: str
+) -> None:
+    process = run_main({**settings, **changes})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert err.strip().splitlines()[-1] == sentence
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_adapter_and_exits_with_3(
+    settings: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = run_main({**settings, "train.steps": "100000"})
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    assert "the adapter so far is in" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert (tmp_path / "out" / "loss.svg").is_file()
+
+
+def test_stopped_is_raised_between_steps(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bioinstruct.train import loop
+
+    take = loop.train_step
+
+    def interrupted(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return take(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(Stopped, match="stopped after step 1 of 4"):
+        call(settings)
+    assert len(rows(tmp_path / "out" / "metrics.jsonl")) == 1
