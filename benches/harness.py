@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,18 +30,10 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 """What decides how fast a CPU multiplies, as Linux names it."""
 
 
-class Summary(NamedTuple):
-    """A distribution of measured values, in their unit."""
-
-    median: float
-    p20: float
-    p80: float
-
-
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile of at least one value, by name."""
     p20, median, p80 = (float(v) for v in np.percentile(values, (20, 50, 80)))
-    return Summary(median, p20, p80)._asdict()
+    return {"median": median, "p20": p20, "p80": p80}
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:

@@ -234,6 +234,7 @@ def measure(job: Job, dtype: str) -> dict[str, Any]:
     """
     device = choose_device(job.device)
     kind = choose_dtype(dtype, device)
+    console.note("peak memory of our step, in a process of its own")
     # first, while this process is small
     memory_job = dataclasses.replace(job, steps=1)
     alone = run_alone(__file__, [*memory_job.arguments(), "--dtype", dtype, "--alone"])

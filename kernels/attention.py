@@ -5,19 +5,19 @@
 Backends, chosen by `choose_backend` once and named in the log:
     blocked  our own for CPUs: per document, in blocks of queries against the keys up to the
              block's end, with the query heads of a key head stacked into one GEMM; the backward
-             pass recomputes the probabilities from q, k and the log-sum-exp.
+             pass recomputes the probabilities.
     sdpa     torch's scaled_dot_product_attention per document; the reference on any device.
     varlen   torch.nn.attention.varlen over the whole pack (CUDA, bfloat16 or float16).
 None of them repeats keys and values for grouped-query heads in memory, and none sees a token of
 another document, whatever stands beside it.
 
-Shapes   T = packed tokens, L = one document, Q = one block of queries, H = query heads, G = key and
-         value heads, J = H / G, E = head width.
-Numerics GEMMs in the input dtype, softmax and its gradient in at least float32.
-Saved    q, k, v, o and the log-sum-exp; never a (L, L) matrix.
+Shapes   T = packed tokens, L = one document, Q = one block of queries, U = the keys up to its end,
+         H = query heads, G = key and value heads, J = H / G, E = head width.
+Numerics GEMMs in the input dtype; softmax and its gradient compute in at least float32 and round.
+Saved    q, k, v; never a (L, L) matrix.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 BACKENDS = "blocked", "sdpa", "varlen"
-QUERY_BLOCK = 128
+QUERY_BLOCK = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
+"""Best of 64, 96, 128, 192 on documents of 32 to 1,024 tokens (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -85,27 +86,40 @@ def attention_reference(
 @cache
 def _future(Q: int, J: int, dtype: torch.dtype) -> Tensor:
     """(J*Q, Q) additive mask of a diagonal block, repeated for the J stacked heads."""
-    block = torch.full((Q, Q), -torch.inf, dtype=dtype).triu_(1)
-    return block.repeat(J, 1)
+    return torch.full((Q, Q), -torch.inf, dtype=dtype).triu_(1).repeat(J, 1)
 
 
-def _stack(x_LHE: Tensor, G: int) -> Tensor:
+def _stack(x_QHE: Tensor, G: int) -> Tensor:
     """(Q, H, E) -> (G, J*Q, E): the query heads of one key head below each other."""
-    Q, H, E = x_LHE.shape
-    return x_LHE.view(Q, G, H // G, E).permute(1, 2, 0, 3).reshape(G, -1, E)
+    Q, H, E = x_QHE.shape
+    return x_QHE.view(Q, G, H // G, E).permute(1, 2, 0, 3).reshape(G, -1, E)
 
 
 def _unstack(x: Tensor, Q: int) -> Tensor:
-    """(G, J*Q, E) -> (Q, H, E), a view."""
+    """(G, J*Q, E) -> (Q, H, E)."""
     G, _, E = x.shape
     return x.view(G, -1, Q, E).permute(2, 0, 1, 3).reshape(Q, -1, E)
 
 
-def _scores(q: Tensor, k_GLE: Tensor, Q: int, scale: float, wide: torch.dtype) -> Tensor:
-    """Scaled scores (G, J*Q, U) of a query block against the U keys up to its end, masked."""
-    s = torch.bmm(q, k_GLE.transpose(1, 2)).to(wide).mul_(scale)
-    s[..., -Q:] += _future(Q, q.shape[1] // Q, wide)
-    return s
+def _bmm(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Batched product times scale, which the GEMM applies before it rounds."""
+    return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+
+
+def _probabilities(q: Tensor, k_GUE: Tensor, Q: int, scale: float) -> Tensor:
+    """(G, J*Q, U) softmax of a query block over the U keys up to its end."""
+    s = _bmm(q, k_GUE.transpose(1, 2), scale)
+    s[..., -Q:] += _future(Q, q.shape[1] // Q, q.dtype)
+    return s.softmax(-1)
+
+
+def _blocks(
+    bounds: tuple[int, ...], dtype: torch.dtype
+) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Each document's first and past-the-end token, and those of its query blocks."""
+    size = QUERY_BLOCK[dtype]
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        yield a, b, [(i, min(i + size, b)) for i in range(a, b, size)]
 
 
 class _Blocked(torch.autograd.Function):
@@ -113,50 +127,37 @@ class _Blocked(torch.autograd.Function):
     def forward(
         ctx: Any, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, bounds: tuple[int, ...]
     ) -> Tensor:
-        wide = torch.promote_types(q_THE.dtype, torch.float32)
         G, scale = k_TGE.shape[1], q_THE.shape[-1] ** -0.5
         o_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-        lses = []
-        for a, b in zip(bounds, bounds[1:], strict=False):
-            k_GLE = k_TGE[a:b].transpose(0, 1).contiguous()
-            v_GLE = v_TGE[a:b].transpose(0, 1).contiguous()
-            for i in range(a, b, QUERY_BLOCK):
-                j = min(i + QUERY_BLOCK, b)
-                s = _scores(_stack(q_THE[i:j], G), k_GLE[:, : j - a], j - i, scale, wide)
-                lse = s.logsumexp(-1, keepdim=True)
-                p = s.sub_(lse).exp_().to(q_THE.dtype)
+        for a, b, blocks in _blocks(bounds, q_THE.dtype):
+            k_GLE, v_GLE = (x[a:b].transpose(0, 1).contiguous() for x in (k_TGE, v_TGE))
+            for i, j in blocks:
+                p = _probabilities(_stack(q_THE[i:j], G), k_GLE[:, : j - a], j - i, scale)
                 o_THE[i:j] = _unstack(torch.bmm(p, v_GLE[:, : j - a]), j - i)
-                lses.append(lse)
-        ctx.save_for_backward(q_THE, k_TGE, v_TGE, o_THE, *lses)
+        ctx.save_for_backward(q_THE, k_TGE, v_TGE)
         ctx.bounds = bounds
         return o_THE
 
     @staticmethod
     def backward(ctx: Any, do_THE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_THE, k_TGE, v_TGE, o_THE, *lses = ctx.saved_tensors
-        bounds, narrow = ctx.bounds, q_THE.dtype
+        q_THE, k_TGE, v_TGE = ctx.saved_tensors
+        narrow, G, scale = q_THE.dtype, k_TGE.shape[1], q_THE.shape[-1] ** -0.5
+        # keys and values gather from many query blocks, so their sums are kept wide
         wide = torch.promote_types(narrow, torch.float32)
-        G, scale = k_TGE.shape[1], q_THE.shape[-1] ** -0.5
-        delta_TH1 = (do_THE.to(wide) * o_THE).sum(-1, keepdim=True)
         dq_THE, dk_TGE, dv_TGE = (torch.empty(x.shape, dtype=narrow) for x in (q_THE, k_TGE, v_TGE))
-        rest = iter(lses)
-        for a, b in zip(bounds, bounds[1:], strict=False):
-            k_GLE = k_TGE[a:b].transpose(0, 1).contiguous()
-            v_GLE = v_TGE[a:b].transpose(0, 1).contiguous()
-            dk_GLE = torch.zeros(k_GLE.shape, dtype=wide)
-            dv_GLE = torch.zeros(v_GLE.shape, dtype=wide)
-            for i in range(a, b, QUERY_BLOCK):
-                j = min(i + QUERY_BLOCK, b)
-                k, v = k_GLE[:, : j - a], v_GLE[:, : j - a]
+        for a, b, blocks in _blocks(ctx.bounds, narrow):
+            k_GLE, v_GLE = (x[a:b].transpose(0, 1).contiguous() for x in (k_TGE, v_TGE))
+            dk_GLE, dv_GLE = (torch.zeros(k_GLE.shape, dtype=wide) for _ in range(2))
+            for i, j in blocks:
+                k, v, U = k_GLE[:, : j - a], v_GLE[:, : j - a], j - a
                 q, do = _stack(q_THE[i:j], G), _stack(do_THE[i:j], G)
-                p = _scores(q, k, j - i, scale, wide).sub_(next(rest)).exp_()
-                ds = torch.bmm(do, v.transpose(1, 2)).to(wide)
-                ds = ds.sub_(_stack(delta_TH1[i:j], G)).mul_(p).mul_(scale).to(narrow)
-                dv_GLE[:, : j - a] += torch.bmm(p.to(narrow).transpose(1, 2), do)
-                dk_GLE[:, : j - a] += torch.bmm(ds.transpose(1, 2), q)
-                dq_THE[i:j] = _unstack(torch.bmm(ds, k), j - i)
-            dk_TGE[a:b] = dk_GLE.transpose(0, 1)
-            dv_TGE[a:b] = dv_GLE.transpose(0, 1)
+                p = _probabilities(q, k, j - i, scale)
+                dv_GLE[:, :U] += torch.bmm(p.transpose(1, 2), do)
+                dp = torch.bmm(do, v.transpose(1, 2))
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, narrow)
+                dk_GLE[:, :U] += _bmm(ds.transpose(1, 2), q, scale)
+                dq_THE[i:j] = _unstack(_bmm(ds, k, scale), j - i)
+            dk_TGE[a:b], dv_TGE[a:b] = dk_GLE.transpose(0, 1), dv_GLE.transpose(0, 1)
         return dq_THE, dk_TGE, dv_TGE, None
 
 

@@ -49,13 +49,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_BYTES // (V * wide.itemsize))
         for start in range(0, S, chunk):
             part = slice(start, start + chunk)
-            z = (h_TD[rows_S[part]] @ w_VD.T).to(wide)
-            lse = z.logsumexp(-1, keepdim=True)
+            z = h_TD[rows_S[part]] @ w_VD.T
+            p = z.softmax(-1, dtype=wide)
+            # the largest probability is exp(0) / sum, at least 1 / V, so its log is safe
+            lse = z.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log_()
             labels = labels_S[part, None]
             loss += (lse - z.gather(1, labels)).sum()
             if dh_SD is not None:
-                dz = z.sub_(lse).exp_().scatter_add_(1, labels, -torch.ones_like(lse)).mul_(scale)
-                torch.mm(dz.to(h_TD.dtype), w_VD, out=dh_SD[part])
+                dz = p.scatter_add_(1, labels, -torch.ones_like(lse)).to(h_TD.dtype)
+                torch.mm(dz, w_VD, out=dh_SD[part]).mul_(scale)
         if dh_SD is not None:
             ctx.save_for_backward(dh_SD, rows_S)
             ctx.shape = h_TD.shape

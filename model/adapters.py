@@ -41,6 +41,7 @@ TARGETS = {
 }
 """PEFT's name of each projection -> its group and its path in a layer."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_STARTS = ("gaussian", "orthogonal", "eva")  # PEFT's other ones take the first A and B out of W
 _KEY = "base_model.model.model.layers.{layer}.{path}.lora_{which}.weight"
 
 
@@ -289,11 +290,18 @@ def _read_settings(folder: Path) -> LoraSettings:
         "alpha_pattern": {},
         "modules_to_save": None,
         "layers_to_transform": None,
+        "alora_invocation_tokens": None,
     }
     for key, value in computed.items():
         found = config.get(key, value)
         if found != value and not (not found and not value):
             raise ValueError(f"{path}: {key} = {found!r} is not supported; allowed is {value!r}")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _STARTS:
+        raise ValueError(
+            f"{path}: init_lora_weights = {start!r} means a changed base model; let peft convert "
+            "it to plain LoRA (save_pretrained, path_initial_model_for_weight_conversion)"
+        )
     try:
         targets = config["target_modules"]
         if targets == "all-linear":

@@ -211,6 +211,7 @@ def test_settings_that_change_no_logit_are_passed_over(
         ("alpha_pattern", {"q_proj": 2}),
         ("modules_to_save", ["lm_head"]),
         ("layers_to_transform", [0, 1]),
+        ("alora_invocation_tokens", [3, 4]),
     ],
 )
 def test_settings_that_we_do_not_compute_are_refused(
@@ -218,6 +219,14 @@ def test_settings_that_we_do_not_compute_are_refused(
 ) -> None:
     set_keys(seven, **{key: value})
     with pytest.raises(ValueError, match=f"{CONFIG}: {key} = .* is not supported; allowed is"):
+        Adapters.load(seven, stories.config)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+def test_adapters_of_a_changed_base_are_refused(stories: Llm, seven: Path, start: str) -> None:
+    """PEFT takes the first A and B of these out of the weights, which we would leave whole."""
+    set_keys(seven, init_lora_weights=start)
+    with pytest.raises(ValueError, match=f"init_lora_weights = '{start}' means a changed base"):
         Adapters.load(seven, stories.config)
 
 
