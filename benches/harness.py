@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 
 from bioinstruct.synth.console import Progress
 from bioinstruct.train.metrics import peak_memory_bytes
+from bioinstruct.train.provenance import commit, cpu_info, package_version
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 """What decides how fast a CPU multiplies, as Linux names it."""
@@ -114,7 +114,7 @@ def run_alone(script: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def describe(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
     """What a figure depends on beside the code: machine, versions, commit, command, date."""
-    cpu = _cpu_info()
+    cpu = cpu_info()
     flags = set(cpu.get("flags", "").split())
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -123,41 +123,12 @@ def describe(device: torch.device, packages: Sequence[str] = ()) -> dict[str, An
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "numpy", *packages)},
+            **{name: package_version(name) for name in ("torch", "numpy", *packages)},
         },
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_info() -> dict[str, str]:
-    """Fields of the first processor; empty where the system does not list them."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def report(row: Mapping[str, Any], out: Path | None) -> None:

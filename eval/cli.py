@@ -188,18 +188,12 @@ def _ask(
 ) -> "Row":
     """Load a model, with an adapter or without, and put the jobs to it."""
     from bioinstruct.eval.report import Row
-    from bioinstruct.eval.runner import run_tasks
+    from bioinstruct.eval.runner import progress_bars, run_tasks
     from bioinstruct.model import load
 
     system = str(model) if adapter is None else f"{model} + {adapter}"
-    bars = {job.task.name: console.Progress(job.task.name, len(job.items)) for job in jobs}
     llm = load(model, adapter=adapter, dtype=dtype, device=device)
-    results = run_tasks(
-        llm,
-        jobs,
-        template=template,
-        on_progress=lambda job, done: bars[job.task.name].update(done),
-    )
+    results = run_tasks(llm, jobs, template=template, on_progress=progress_bars())
     return Row(
         system=system,
         model=str(model),

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from bioinstruct.eval.metrics import Score
 from bioinstruct.eval.task import Item, Task, Verdict, draw
+from bioinstruct.synth.console import Progress
 
 SPARE_TOKENS = 8  # room for the stop token and for other ways to split the same text
 
@@ -128,6 +129,21 @@ def run_tasks(
     return [_run(llm, job, name, on_progress) for job in jobs]
 
 
+def progress_bars(when: str = "") -> Callable[[Job, int], None]:
+    """Return an on_progress that shows each task's progress from the moment it begins.
+
+    Args:
+        when: said behind the task's name, for example " before training".
+    """
+    bars: dict[str, Progress] = {}
+
+    def show(job: Job, done: int) -> None:
+        name = job.task.name
+        bars.setdefault(name, Progress(name + when, len(job.items))).update(done)
+
+    return show
+
+
 def grade(job: Job, outputs: Sequence[str]) -> Result:
     """Score answers that were made elsewhere, one an item, in order."""
     return _result(job, list(outputs), [True] * len(outputs))
@@ -149,6 +165,7 @@ def _run(
 
     limit = token_limit(llm, job)
     pairs = [(item.instruction, item.input) for item in job.items]
+    report(0)
     start_s = time.monotonic()
     answers = llm.answer(pairs, template, limit, report)
     texts = [answer.text for answer in answers]

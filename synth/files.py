@@ -46,6 +46,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: $BIOINSTRUCT_CACHE, else the user's cache."""
+    if own := os.environ.get("BIOINSTRUCT_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # the XDG rules say that a relative path is to be ignored
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "bioinstruct"
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -14,13 +14,11 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,12 +39,14 @@ from bioinstruct.train.batch import collate
 from bioinstruct.train.demo import resolve
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
 from bioinstruct.train.planner import Planner, StepPlan, learning_rate
+from bioinstruct.train.provenance import commit, device_name, package_version
 from bioinstruct.train.run import Run, to_toml
 from bioinstruct.train.scores import prepare_jobs, score_tasks, write_report
 from bioinstruct.train.step import Optimizer, summed_loss, train_step
 from bioinstruct.train.tokens import Limits, TokenSet, load_tokens
 
 SAMPLE_TOKENS = 64
+_PACKAGES = ("bioinstruct", "torch", "numpy", "safetensors", "sentencepiece", "tiktoken")
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,11 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
     progress = Progress("training", num_steps)
     with _stop_requests() as asked:
         for step in range(num_steps):
-            row = _step(prepared, optimizer, step)
+            try:
+                row = _step(prepared, optimizer, step)
+            except ValueError:
+                _save(prepared, out)
+                raise
             log.write(row)
             progress.update(step + 1, f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
             last = step + 1 == num_steps
@@ -314,8 +318,8 @@ def _not_finite(prepared: Prepared, plan: StepPlan, step: int) -> str:
     places = [prepared.tokens.places[i] for pack in plan.packs for i in pack]
     shown = ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
     return (
-        f"the loss or gradient of step {step + 1} is not a finite number; no weight was changed by "
-        f"it. Its records: {shown}. Lower train.lr, or look at these records"
+        f"the loss or gradient of step {step + 1} is not a finite number; it changed no weight, "
+        f"and the adapter before it is saved. Its records: {shown}. Lower train.lr, or look at them"
     )
 
 
@@ -384,13 +388,14 @@ def _made(prepared: Prepared, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit() or "",
         "library": str(Path(__file__).parent),
-        **{name: _version(name) for name in ("bioinstruct", "torch", "numpy", "safetensors")},
+        **{name: package_version(name) or "" for name in _PACKAGES},
         "python": platform.python_version(),
         "dtype": _plain(model.dtype),
         "device": str(model.device),
-        "device_name": _device_name(model.device),
+        "device_name": device_name(model.device),
+        "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "attention": model.attention_backend,
         "template": prepared.template.name,
@@ -402,36 +407,3 @@ def _made(prepared: Prepared, command: str) -> dict[str, Any]:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def _commit() -> str:
-    """The checkout's commit, marked where files differ from it; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
-    except OSError:
-        return ""
-    if head.returncode:
-        return ""
-    return head.stdout.strip() + (" (changed)" if changed.stdout.strip() else "")

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from bioinstruct.eval import baselines
 from bioinstruct.eval.report import Row, table, write_results, write_samples
-from bioinstruct.eval.runner import Job, Result, grade, run_tasks
+from bioinstruct.eval.runner import Job, Result, grade, progress_bars, run_tasks
 from bioinstruct.eval.runner import prepare as prepare_job
 from bioinstruct.eval.tasks import find_task, ncbi_disease, pubmedqa
 from bioinstruct.model.llm import Llm
-from bioinstruct.synth.console import Progress
 from bioinstruct.synth.files import write_text
 from bioinstruct.synth.sources import read_conll, read_pubmedqa
 from bioinstruct.train.demo import resolve
@@ -44,13 +43,8 @@ def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: 
         out: folder of the run.
         stage: before | after.
     """
-    bars: dict[str, Progress] = {}
-
-    def show(job: Job, done: int) -> None:
-        name = job.task.name
-        bars.setdefault(name, Progress(f"{name} {stage} training", len(job.items))).update(done)
-
-    results = run_tasks(llm, jobs, template=template, on_progress=show)
+    bars = progress_bars(f" {stage} training")
+    results = run_tasks(llm, jobs, template=template, on_progress=bars)
     adapter = None if llm.adapters is None else str(out / "adapter")
     row = Row(system=f"{stage} tuning", model=str(llm.path), adapter=adapter, results=results)
     folder = out / f"eval-{stage}"

@@ -98,11 +98,16 @@ def train_step(
     lr: float,
     dropout_seed: int = 0,
 ) -> StepResult:
-    """Run one optimizer step over its packs."""
+    """Run one optimizer step over its packs.
+
+    A loss or gradient that is not finite changes no weight; the result shows it.
+    """
     scale = 1 / max(1, supervised_tokens)
-    loss = sum(
-        add_gradient(model, optimizer.adapters, batch, scale, dropout_seed) for batch in batches
-    )
+    adapters = optimizer.adapters
+    loss = sum(add_gradient(model, adapters, batch, scale, dropout_seed) for batch in batches)
+    if not math.isfinite(loss):
+        adapters.grad_P.zero_()
+        return StepResult(loss, math.nan)
     return StepResult(loss, optimizer.step(lr))
 
 

@@ -10,7 +10,6 @@ template and the limits. It is written to a temporary folder and renamed.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from bioinstruct.model.templates import Sample, Template, encode_sample
 from bioinstruct.model.tokenizer import Tokenizer
 from bioinstruct.synth.console import Progress, note
+from bioinstruct.synth.files import cache_folder
 from bioinstruct.synth.records import Record, read_records
 
 SHOWN = 5  # bad records printed in full
@@ -192,7 +192,7 @@ def load_tokens(
         ValueError: as for read_records and encode_records.
         OSError: a file cannot be read, or the cache cannot be written.
     """
-    folder = cache_root() / "tokens" / _key(paths, template, tokenizer, limits)
+    folder = cache_folder() / "tokens" / _key(paths, template, tokenizer, limits)
     if not (folder / "report.json").is_file():
         records = [record for path in paths for record in read_records(path)]
         tokens, notes = encode_records(records, template, tokenizer, limits)
@@ -205,16 +205,6 @@ def load_tokens(
 
 
 _ARRAYS = "tokens", "offsets", "prompts"
-
-
-def cache_root() -> Path:
-    """Where things that can be made again are kept."""
-    own = os.environ.get("BIOINSTRUCT_CACHE")
-    return Path(own) if own else _xdg() / "bioinstruct"
-
-
-def _xdg() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _key(paths: Sequence[Path], template: Template, tokenizer: Tokenizer, limits: Limits) -> str:

@@ -62,7 +62,9 @@ def test_runs_every_job_and_scores_it() -> None:
     results = run_tasks(llm, jobs, on_progress=lambda job, done: heard.append((job, done)))
     assert [r.job for r in results] == jobs
     assert [(job.task.name, done) for job, done in heard] == [
+        ("ncbi-disease", 0),
         ("ncbi-disease", 20),
+        ("pubmedqa", 0),
         ("pubmedqa", 10),
     ]
     longest = max(map(len, jobs[0].golds))

