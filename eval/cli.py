@@ -1,9 +1,9 @@
 """`bioinstruct-eval`: score models and answer files. Only `run` imports torch."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -69,6 +69,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--template", help="Prompt template. Default: what fits the model.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--tokenizer", type=FILE, help="Its file or folder, where the model has none.")
 @click.option("--out", required=True, type=FILE, help="Folder for the results.")
 @_common
 def run(
@@ -81,6 +82,7 @@ def run(
     template: str | None,
     dtype: str,
     device: str,
+    tokenizer: Path | None,
     out: Path,
     form: str | None,
     overwrite: bool,
@@ -94,8 +96,9 @@ def run(
     jobs = _jobs(named, form, limit, seed)
     base: tuple[Path | None, ...] = (None,) if with_base or not adapters else ()
     rows = []
+    how = {"dtype": dtype, "device": device, "tokenizer": tokenizer}
     for number, adapter in enumerate((*base, *adapters), 1):
-        rows.append(_ask(model, adapter, jobs, template=template, dtype=dtype, device=device))
+        rows.append(_ask(model, adapter, jobs, template, how))
         report.write_samples(out, rows[-1], number)
     settings = {
         "model": str(model),
@@ -106,6 +109,7 @@ def run(
         "template": template,
         "dtype": dtype,
         "device": device,
+        "tokenizer": None if tokenizer is None else str(tokenizer),
     }
     report.write_results(out, rows, settings)
     click.echo(report.table(rows))
@@ -181,18 +185,20 @@ def _ask(
     model: Path,
     adapter: Path | None,
     jobs: "Sequence[Job]",
-    *,
     template: str | None,
-    dtype: str,
-    device: str,
+    how: Mapping[str, Any],
 ) -> "Row":
-    """Load a model, with an adapter or without, and put the jobs to it."""
+    """Load a model, with an adapter or without, and put the jobs to it.
+
+    Args:
+        how: options of bioinstruct.model.load.
+    """
     from bioinstruct.eval.report import Row
     from bioinstruct.eval.runner import progress_bars, run_tasks
     from bioinstruct.model import load
 
     system = str(model) if adapter is None else f"{model} + {adapter}"
-    llm = load(model, adapter=adapter, dtype=dtype, device=device)
+    llm = load(model, adapter=adapter, **how)
     results = run_tasks(llm, jobs, template=template, on_progress=progress_bars())
     return Row(
         system=system,

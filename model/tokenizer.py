@@ -188,7 +188,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return _only(files)
     raise ValueError(
         f"no tokenizer was found in {folder} or the folder above it: looked for "
-        f"{', '.join(PATTERNS)}; put the model's own there, or name its file in model.tokenizer"
+        f"{', '.join(PATTERNS)}; put the model's own there, or name "
+        "its file (model.tokenizer, --tokenizer)"
     )
 
 

@@ -13,7 +13,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,14 +194,19 @@ def read_run(recipe: Path | None, overrides: Sequence[str]) -> Run:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{recipe} is not valid TOML: {error}") from None
         table.pop(RECORD_TABLE, None)
-    where = str(recipe) if recipe is not None else "--set"
-    for override in overrides:
-        _set(table, override)
-    run: Run = _build(Run, table, "", where)
+    flags = [_set(table, override) for override in overrides]
+
+    def place(name: str) -> str:
+        """Where the value of a dotted key was given, for an error message."""
+        flag = any(f"{key}.".startswith(f"{name}.") for key in flags)
+        return "--set" if flag or recipe is None else str(recipe)
+
+    run: Run = _build(Run, table, "", place)
     return run
 
 
-def _set(table: dict[str, Any], override: str) -> None:
+def _set(table: dict[str, Any], override: str) -> str:
+    """Put an override into the table and return its key."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"--set {override!r} must be key=value")
@@ -216,6 +221,7 @@ def _set(table: dict[str, Any], override: str) -> None:
             raise ValueError(f"--set {override!r}: {part} is a value, not a table")
         table = inner
     table[last] = value
+    return key.strip()
 
 
 def keys(kind: type[Any] = Run, prefix: str = "") -> list[str]:
@@ -230,19 +236,21 @@ def keys(kind: type[Any] = Run, prefix: str = "") -> list[str]:
     return names
 
 
-def _build(kind: type[Any], table: Mapping[str, Any], prefix: str, where: str) -> Any:
+def _build(
+    kind: type[Any], table: Mapping[str, Any], prefix: str, place: Callable[[str], str]
+) -> Any:
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in table.items():
         name = prefix + key
         if key not in hints:
-            raise ValueError(f"{where}: unknown key {name}; {_suggestion(name)}")
+            raise ValueError(f"{place(name)}: unknown key {name}; {_suggestion(name)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name} must be a table, not {value!r}")
-            values[key] = _build(typing.cast(type, hints[key]), value, f"{name}.", where)
+                raise ValueError(f"{place(name)}: {name} must be a table, not {value!r}")
+            values[key] = _build(typing.cast(type, hints[key]), value, f"{name}.", place)
         else:
-            values[key] = _value(hints[key], value, name, where)
+            values[key] = _value(hints[key], value, name, place(name))
     return kind(**values)
 
 

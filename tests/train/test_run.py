@@ -64,6 +64,18 @@ def test_wrong_settings_are_named(override: str, sentence: str) -> None:
         read_run(None, [override])
 
 
+def test_an_error_names_where_the_value_was_given(tmp_path: Path) -> None:
+    recipe = tmp_path / "a.toml"
+    recipe.write_text("[train]\nsteps = 1.5\n")
+    with pytest.raises(ValueError, match="a.toml: train.steps = 1.5"):
+        read_run(recipe, ["train.lr=1"])
+    recipe.write_text("[train]\nsteps = 1\n")
+    with pytest.raises(ValueError, match="^--set: train.lr = 'x'"):
+        read_run(recipe, ["train.lr=x"])
+    with pytest.raises(ValueError, match="^--set: unknown key train.stpes"):
+        read_run(recipe, ["train.stpes=1"])
+
+
 def test_both_batch_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="both given; give one of them"):
         read_run(None, ["train.batch_samples=1", "train.batch_tokens=1"])
