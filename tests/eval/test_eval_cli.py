@@ -61,7 +61,7 @@ class FakeModel:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
 
-    def load(path: Path, adapter: Path | None = None, dtype: str = "", device: str = "") -> object:
+    def load(path: Path, *, adapter: Path | None, dtype: str, device: str, **_: object) -> object:
         calls.append((path, adapter, dtype, device))
         return FakeModel("yes" if adapter is None else adapter.name)
 
