@@ -89,7 +89,9 @@ def test_a_gguf_file_in_the_folder_above_is_another_model(tmp_path: Path) -> Non
 def test_without_a_tokenizer_what_was_looked_for_is_named(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no tokenizer was found in .*model\.tokenizer, --tokenizer\)$") as told:
+    with pytest.raises(
+        ValueError, match=r"no tokenizer was found in .*model\.tokenizer, --tokenizer\)$"
+    ) as told:
         load_tokenizer(tmp_path / "model")
     for pattern in ("tokenizer.model", "*.model", "tokenizer.json", "*.gguf"):
         assert pattern in str(told.value)
