@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_absent_keys_are_hugging_faces_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("mapping", "count"),
-    # the sums of the published checkpoints' index files, 2 bytes a number
+    # the parameter counts that these models are known by
     [(LLAMA2_7B, 6_738_415_616), (LLAMA31_8B, 8_030_261_248), (LLAMA32_1B, 1_235_814_400)],
 )
 def test_parameter_counts_are_the_published_ones(mapping: dict[str, Any], count: int) -> None:
@@ -282,7 +283,7 @@ def test_llama3_divisors_grow_from_one_to_the_factor(factor: float, half: int, b
         factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
     )
     divisors = scaling.divisors(2 * half, base)
-    assert divisors == sorted(divisors)
+    assert all(b >= a * (1 - 1e-12) for a, b in pairwise(divisors))  # but for rounding
     assert divisors[0] == 1.0  # a turn of 2 pi positions is far below the context
     assert divisors[-1] <= factor * (1 + 1e-12)
 
