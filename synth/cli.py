@@ -76,6 +76,8 @@ class _Lists(click.Command):
         flag = ""
         for arg in args:
             if arg.startswith("-"):
+                if spread and spread[-1] in self.lists:
+                    raise click.UsageError(f"{spread[-1]} needs a file", ctx)
                 flag = arg if arg in self.lists else ""
             elif flag and spread[-1] != flag:
                 spread.append(flag)

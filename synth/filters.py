@@ -154,7 +154,7 @@ def filter_files(
         ValueError: a file is malformed, a target exists or is a source, rules or rouge are wrong.
         OSError: a file cannot be read or written.
     """
-    dropped_file = out.with_name(f"{out.name}.dropped.jsonl")
+    dropped_file = Path(f"{out}.dropped.jsonl")
     rouge_threshold(rules, rouge)
     _check_targets((out, dropped_file), (*sources, *against), overwrite)
     records = [record for path in sources for record in read_records(path)]
@@ -241,9 +241,10 @@ def _echo(record: Record) -> Drop | None:
 
 # ---- our stricter ones -------------------------------------------------------------------------
 
-# no `chart`: the patient's is text; and `the following image report` is text too
+# no `chart` and no `figure`: the patient's is text, others are numbers or people; nor is a report
+# of an image one
 _MEDIUM = (
-    r"(?:[\w-]+\s+)?(?:image|picture|photo|photograph|figure|diagram|flowchart|graph|video|audio)s?\b"
+    r"(?:[\w-]+\s+)?(?:image|picture|photo|photograph|diagram|flowchart|graph|video|audio)s?\b"
     r"(?!\s+(?:report|finding|description|caption|review))"
 )
 _SHOWN = re.compile(
