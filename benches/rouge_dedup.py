@@ -200,6 +200,7 @@ def measure(data: Path, number: int, seed: int, against: int) -> dict[str, Any]:
     Raises:
         ValueError: decisions differ, or a process failed.
     """
+    # late, for it imports torch, and the process that is measured needs none
     from bioinstruct.benches.harness import describe, run_alone
 
     options = ["--data", str(data), "--texts", str(number), "--seed", str(seed), "--alone"]
