@@ -241,8 +241,7 @@ def _echo(record: Record) -> Drop | None:
 
 # ---- our stricter ones -------------------------------------------------------------------------
 
-# no `chart` and no `figure`: the patient's is text, others are numbers or people; nor is a report
-# of an image one
+# not `chart`, the patient's is text, nor `figure`, which may be a number; nor the report of an image
 _MEDIUM = (
     r"(?:[\w-]+\s+)?(?:image|picture|photo|photograph|diagram|flowchart|graph|video|audio)s?\b"
     r"(?!\s+(?:report|finding|description|caption|review))"

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,6 +406,17 @@ def test_wrong_usage(
     found, err = run(*args)
     assert (found, message in err) == (code, True), err
     assert [p.name for p in tmp_path.iterdir()] == ["IN"]
+
+
+def test_filter_imports_no_torch(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", rows("Name one cause of fever"))
+    probe = (
+        "import sys; from bioinstruct.synth.cli import cli\n"
+        "cli.main(sys.argv[1:], standalone_mode=False)\n"
+        "assert 'numpy' in sys.modules and 'torch' not in sys.modules\n"
+    )
+    args = ["filter", "--in", str(source), "--out", str(tmp_path / "out.jsonl")]
+    subprocess.run([sys.executable, "-c", probe, *args], check=True, timeout=60)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
