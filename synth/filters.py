@@ -241,7 +241,7 @@ def _echo(record: Record) -> Drop | None:
 
 # ---- our stricter ones -------------------------------------------------------------------------
 
-# not `chart`, the patient's is text, nor `figure`, which may be a number; nor the report of an image
+# not `chart`, the patient's is text, nor `figure`, it may be a number; nor the report of an image
 _MEDIUM = (
     r"(?:[\w-]+\s+)?(?:image|picture|photo|photograph|diagram|flowchart|graph|video|audio)s?\b"
     r"(?!\s+(?:report|finding|description|caption|review))"
@@ -263,12 +263,12 @@ _BLANK = re.compile(
 )
 _BLANK_FIELDS = {"input": ("n/a", "no input", "noinput", "..."), "output": ("...", "n/a")}
 _CANNOT = (
-    r"i(?:'m| am) (?:unable|not able) to|i (?:can't|cannot|can not|could not|won't|will not) "
+    r"i(?:(?:'m| am) (?:unable|not able) to| can't| cannot| can not| could not| won't| will not) "
     r"(?:provide|give|help|assist|answer|offer|comply|fulfil|diagnose|generate|complete|access|"
     r"view|open|process|analy[sz]e|perform|prescribe)|"
     r"i (?:don't|do not) have (?:access|the ability)"
 )
-# sympathy is no refusal: `I'm sorry to hear that`
+# neither sympathy nor a complaint is one: `I'm sorry to hear that`, `I am unable to sleep`
 _REFUSAL = re.compile(
     r"(?:(?:i(?:'m| am) sorry|sorry|my apologies|i apologi[sz]e|unfortunately)[,.;]?\s+"
     rf"(?:but\s+)?)?(?:{_CANNOT})|(?:.{{0,80}}\b)?as an? (?:ai|(?:large )?language model)\b",

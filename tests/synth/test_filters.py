@@ -112,10 +112,10 @@ def test_outputs_that_repeat_the_input(given: str, output: str, rule: str | None
         (("Read the note of the patient", "seen on [**2101-3-4**] by Dr", "Fine"), None),
         (("List the diseases in the text", "No disease here.", "none"), None),
         (("Give the dose for a child", "", "I'm sorry, but I cannot provide that."), "refusal"),
-        (("Give the dose for a child", "", "I\u2019m unable to say."), "refusal"),
+        (("Give the dose for a child", "", "I\u2019m unable to help."), "refusal"),
         (("Give the dose for a child", "", "As an AI language model, I"), "refusal"),
         (("Answer as a doctor would", "My dog died", "I'm sorry to hear that. Rest."), None),
-        (("Answer as the patient would", "", "I cannot sleep at night."), None),
+        (("Answer as the patient would", "", "I am unable to sleep at night."), None),
         (("\u8bf7\u603b\u7ed3 \u4e0b\u9762\u7684 \u6587\u7ae0", "", "x"), "not-english"),
         (("Translate this for the patient", "", "\u0431\u043e\u043b\u044c"), "not-english"),
         (
