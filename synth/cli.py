@@ -5,7 +5,7 @@ from typing import NoReturn
 
 import click
 
-from bioinstruct.synth import console
+from bioinstruct.synth import console, generate_cli
 
 FILE = click.Path(path_type=Path)
 
@@ -64,6 +64,10 @@ def convert(
     written = write_records(out, made.records, overwrite=overwrite)
     orphans = f", {made.orphans} mentions begin with I instead of B" if made.orphans else ""
     console.note(f"{written} records written to {out}, {made.excluded} excluded{orphans}")
+
+
+for command in generate_cli.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> NoReturn:

@@ -1,0 +1,168 @@
+"""From a model's text to candidate records, in both formats, and what is wrong with each.
+
+`schema` answers are one JSON object {"tasks": [...]}; `list` answers go on with a numbered list of
+`k. Instruction:`, `k. Input:`, `k. Output:`. A text cut off by the output cap is salvaged: whole
+items count, the last one is marked. No item is passed over in silence.
+"""
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from bioinstruct.synth.endpoint import Text
+
+FIELDS = ("instruction", "input", "output")
+_TASK: dict[str, Any] = {
+    "type": "object",
+    "properties": {field: {"type": "string"} for field in FIELDS},
+    "required": list(FIELDS),
+    "additionalProperties": False,
+}
+SCHEMA: dict[str, Any] = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "tasks",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {"tasks": {"type": "array", "items": _TASK}},
+            "required": ["tasks"],
+            "additionalProperties": False,
+        },
+    },
+}
+_MARK = r"[ \t]*(?:[#*]+[ \t]*)?"
+_ITEM = re.compile(rf"^{_MARK}\d+[.)]{_MARK}Instruction{_MARK}:{_MARK}", re.I | re.M)
+_INPUT = re.compile(rf"^{_MARK}(?:\d+[.)])?{_MARK}Input{_MARK}:{_MARK}", re.I | re.M)
+_OUTPUT = re.compile(rf"^{_MARK}(?:\d+[.)])?{_MARK}Output{_MARK}:{_MARK}", re.I | re.M)
+_REFUSAL = re.compile(
+    r"^(?:i(?:'|\u2019)?m sorry|i am sorry|sorry,|i can(?:no|')?t |i(?:'| a)m (?:unable|not able)|"
+    r"as an ai\b)",
+    re.I,
+)
+_PLACEHOLDER = re.compile(
+    r"[\[<](?:insert|your|patient(?:'s)?|name|date|age|text|input)\b[^\]>\n]*[\]>]|"
+    r"\b(?:lorem ipsum|x{3,})\b|\{\{.*?\}\}",
+    re.I,
+)
+_LATIN_SHARE = 0.7  # of a text's letters; units and Greek letters stay far above
+_ENGLISH = frozenset(
+    (
+        *("the", "a", "an", "of", "to", "in", "and", "or", "is", "are", "for", "with"),
+        *("what", "which", "how", "this", "from", "on", "by", "as", "be", "that", "it"),
+        *("does", "not", "at", "was", "were", "has", "have", "can", "should", "any", "if"),
+        *("when", "who", "why", "following", "patient"),
+    )
+)
+_ENGLISH_WORDS = 12  # a text this long without one of these words is another language
+
+
+class Candidate(NamedTuple):
+    """An item of an answer that may become a record."""
+
+    instruction: str
+    input: str
+    output: str
+    problem: str = ""
+    """What is wrong with it before any rule is asked: malformed, truncated, refusal, ..."""
+
+
+def candidates(text: Text, form: str) -> list[Candidate]:
+    """Return every item of an answer, the broken ones marked; at least one.
+
+    Args:
+        text: what the model wrote.
+        form: schema or list.
+    """
+    if text.finish == "content_filter" and not text.content.strip():
+        return [Candidate("", "", "", "filtered")]
+    if text.refusal or _REFUSAL.match(text.content.lstrip()):
+        return [Candidate("", "", text.refusal or text.content, "refusal")]
+    cut = text.finish == "length"
+    found = _from_json(text.content, cut) if form == "schema" else _from_list(text.content, cut)
+    return [_inspected(item) for item in found] or [Candidate("", "", text.content, "empty")]
+
+
+def _from_json(content: str, cut: bool) -> list[Candidate]:
+    """Read the objects of the first array one by one, so that a cut text loses only its last."""
+    at = content.find("[")
+    if at < 0:
+        return [Candidate("", "", content, "truncated" if cut else "malformed")]
+    decoder, found, at = json.JSONDecoder(strict=False), list[Candidate](), at + 1
+    while True:
+        at = _skipped(content, at)
+        if content.startswith("]", at):
+            return found
+        try:
+            value, at = decoder.raw_decode(content, at)
+        except (ValueError, RecursionError):
+            problem = "truncated" if cut or at >= len(content) else "malformed"
+            return [*found, Candidate("", "", content[at:], problem)]
+        found.append(_from_value(value))
+
+
+def _skipped(content: str, at: int) -> int:
+    while at < len(content) and content[at] in " \t\r\n,":
+        at += 1
+    return at
+
+
+def _from_value(value: object) -> Candidate:
+    if not isinstance(value, dict) or not all(isinstance(value.get(f), str) for f in FIELDS):
+        return Candidate("", "", json.dumps(value, ensure_ascii=False), "malformed")
+    return Candidate(*(_whole(value[field]).strip() for field in FIELDS))
+
+
+def _whole(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can carry and UTF-8 cannot."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _from_list(content: str, cut: bool) -> list[Candidate]:
+    starts = [found.start() for found in _ITEM.finditer(content)]
+    first = content[: starts[0]] if starts else content
+    if _OUTPUT.search(first):  # the model went on right after the prompt's last number
+        content, starts = f"0. Instruction: {content}", [0, *(s + 16 for s in starts)]
+    found = [
+        _from_item(content[start:end])
+        for start, end in zip(starts, [*starts[1:], len(content)], strict=True)
+    ]
+    if cut and found:
+        found[-1] = found[-1]._replace(problem="truncated")
+    return found
+
+
+def _from_item(item: str) -> Candidate:
+    head = _ITEM.match(item)
+    given = _INPUT.search(item)
+    answer = _OUTPUT.search(item, given.end() if given else 0)
+    if head is None or given is None or answer is None:
+        return Candidate("", "", item, "malformed")
+    instruction = item[head.end() : given.start()]
+    return Candidate(
+        instruction.strip(),
+        item[given.end() : answer.start()].strip(),
+        item[answer.end() :].strip(),
+    )
+
+
+def _inspected(item: Candidate) -> Candidate:
+    if item.problem:
+        return item
+    if not item.instruction or not item.output:
+        return item._replace(problem="empty")
+    if _REFUSAL.match(item.output):
+        return item._replace(problem="refusal")
+    if _PLACEHOLDER.search(item.instruction) or _PLACEHOLDER.search(item.input):
+        return item._replace(problem="placeholder")
+    if not _english(item.instruction):
+        return item._replace(problem="not_english")
+    return item
+
+
+def _english(text: str) -> bool:
+    letters = [c for c in text if c.isalpha()]
+    if sum(c.isascii() for c in letters) < _LATIN_SHARE * len(letters):
+        return False
+    words = text.lower().split()
+    return len(words) < _ENGLISH_WORDS or any(word in _ENGLISH for word in words)
