@@ -5,11 +5,12 @@
 items count, the last one is marked. No item is passed over in silence.
 """
 
+import contextlib
 import json
 import re
 from typing import Any, NamedTuple
 
-from bioinstruct.synth.endpoint import Text
+from bioinstruct.synth.journal import Text
 
 FIELDS = ("instruction", "input", "output")
 _TASK: dict[str, Any] = {
@@ -31,6 +32,7 @@ SCHEMA: dict[str, Any] = {
         },
     },
 }
+_DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in strings
 _MARK = r"[ \t]*(?:[#*]+[ \t]*)?"
 _ITEM = re.compile(rf"^{_MARK}\d+[.)]{_MARK}Instruction{_MARK}:{_MARK}", re.I | re.M)
 _INPUT = re.compile(rf"^{_MARK}(?:\d+[.)])?{_MARK}Input{_MARK}:{_MARK}", re.I | re.M)
@@ -84,17 +86,21 @@ def candidates(text: Text, form: str) -> list[Candidate]:
 
 
 def _from_json(content: str, cut: bool) -> list[Candidate]:
-    """Read the objects of the first array one by one, so that a cut text loses only its last."""
+    """Read an object with tasks; from a broken text the first array, as far as it is whole."""
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = _DECODER.decode(content)
+        if isinstance(whole, dict) and isinstance(whole.get("tasks"), list):
+            return [_from_value(value) for value in whole["tasks"]]
     at = content.find("[")
     if at < 0:
         return [Candidate("", "", content, "truncated" if cut else "malformed")]
-    decoder, found, at = json.JSONDecoder(strict=False), list[Candidate](), at + 1
+    found, at = list[Candidate](), at + 1
     while True:
         at = _skipped(content, at)
         if content.startswith("]", at):
             return found
         try:
-            value, at = decoder.raw_decode(content, at)
+            value, at = _DECODER.raw_decode(content, at)
         except (ValueError, RecursionError):
             problem = "truncated" if cut or at >= len(content) else "malformed"
             return [*found, Candidate("", "", content[at:], problem)]
@@ -108,9 +114,11 @@ def _skipped(content: str, at: int) -> int:
 
 
 def _from_value(value: object) -> Candidate:
-    if not isinstance(value, dict) or not all(isinstance(value.get(f), str) for f in FIELDS):
-        return Candidate("", "", json.dumps(value, ensure_ascii=False), "malformed")
-    return Candidate(*(_whole(value[field]).strip() for field in FIELDS))
+    if isinstance(value, dict):
+        given, shown, done = (value.get(field) for field in FIELDS)
+        if isinstance(given, str) and isinstance(shown, str) and isinstance(done, str):
+            return Candidate(_whole(given).strip(), _whole(shown).strip(), _whole(done).strip())
+    return Candidate("", "", json.dumps(value), "malformed")
 
 
 def _whole(text: str) -> str:
@@ -153,16 +161,23 @@ def _inspected(item: Candidate) -> Candidate:
         return item._replace(problem="empty")
     if _REFUSAL.match(item.output):
         return item._replace(problem="refusal")
-    if _PLACEHOLDER.search(item.instruction) or _PLACEHOLDER.search(item.input):
+    if _has_placeholder(item.instruction) or _has_placeholder(item.input):
         return item._replace(problem="placeholder")
     if not _english(item.instruction):
         return item._replace(problem="not_english")
     return item
 
 
+def _has_placeholder(text: str) -> bool:
+    # the pattern is slow, and hardly any text holds one of its beginnings
+    marked = "[" in text or "<" in text or "{{" in text or "xx" in text or "XX" in text
+    return (marked or "orem ips" in text) and _PLACEHOLDER.search(text) is not None
+
+
 def _english(text: str) -> bool:
-    letters = [c for c in text if c.isalpha()]
-    if sum(c.isascii() for c in letters) < _LATIN_SHARE * len(letters):
-        return False
+    if not text.isascii():
+        letters = [c for c in text if c.isalpha()]
+        if sum(c.isascii() for c in letters) < _LATIN_SHARE * len(letters):
+            return False
     words = text.lower().split()
-    return len(words) < _ENGLISH_WORDS or any(word in _ENGLISH for word in words)
+    return len(words) < _ENGLISH_WORDS or not _ENGLISH.isdisjoint(words)

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from bioinstruct.synth.journal import Answer
+from bioinstruct.synth.journal import Answer, Text
 from bioinstruct.synth.money import Usage
 
 OPENAI = "https://api.openai.com/v1"
 KEY_ENV = "OPENAI_API_KEY"
 SAYS_SHOWN = 300  # characters of an endpoint's own words in our sentence
+SHORT_KEY = 8  # characters
 RETRIED = frozenset((408, 409, 425, 429))
 FILTERED = frozenset(("content_filter", "content_policy_violation"))
 QUOTA = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
@@ -35,6 +36,11 @@ class Endpoint(NamedTuple):
     def url(self) -> str:
         """The address of chat completions."""
         return f"{self.base_url}/chat/completions"
+
+    def without_key(self, raw: bytes) -> bytes:
+        """Return a response with the key taken out."""
+        long = len(self.key) >= SHORT_KEY  # a shorter one is no secret, and stands in any text
+        return raw.replace(self.key.encode(), b"[key]") if long else raw
 
     def __repr__(self) -> str:
         """Show the address only."""
@@ -89,6 +95,7 @@ def read_response(key: str, status: int, raw: bytes) -> Answer:
         complete = status == 400 and error_code(value) in FILTERED
         return Answer(key, status, raw, complete=complete)
     model, fingerprint = value.get("model"), value.get("system_fingerprint")
+    text = _text(value)
     return Answer(
         key,
         status,
@@ -96,7 +103,8 @@ def read_response(key: str, status: int, raw: bytes) -> Answer:
         read_usage(value),
         model if isinstance(model, str) else "",
         fingerprint if isinstance(fingerprint, str) else "",
-        complete=_message(value) is not None,
+        complete=text is not None,
+        text=text,
     )
 
 
@@ -114,20 +122,15 @@ def read_usage(value: Mapping[str, Any]) -> Usage | None:
     return Usage(prompt, max(completion, (_count(usage, "total_tokens") or 0) - prompt))
 
 
-class Text(NamedTuple):
-    """What a model wrote, and why it stopped."""
-
-    content: str
-    finish: str
-    refusal: str
-
-
 def text_of(answer: Answer) -> Text:
     """Return the text of a whole answer; a filtered one has none."""
-    value = parsed(answer.raw)
+    return answer.text or _text(parsed(answer.raw)) or Text("", "content_filter", "")
+
+
+def _text(value: Mapping[str, Any]) -> Text | None:
     message = _message(value)
     if message is None:
-        return Text("", "content_filter", "")
+        return None
     finish = value["choices"][0].get("finish_reason")
     content, refusal = message.get("content"), message.get("refusal")
     return Text(

@@ -202,13 +202,12 @@ class Engine:
                     raw, headers = await response.read(), response.headers
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 charge = 0 if isinstance(error, aiohttp.ClientConnectorError) else worst
-                text = self._without_key(str(error) or type(error).__name__)
+                text = str(error) or type(error).__name__
                 took_s = time.monotonic() - sent_s
                 journal.failure(attempt, key, error=text, charged=charge, seconds=took_s)
                 self._unreachable(error, text)
                 return None, {"error": text}
-            if self.endpoint.key:
-                raw = raw.replace(self.endpoint.key.encode(), b"[key]")
+            raw = self.endpoint.without_key(raw)
             answer = endpoints.read_response(key, response.status, raw)
             charge = self._charge(answer, worst)
             took_s = time.monotonic() - sent_s
@@ -280,9 +279,6 @@ class Engine:
             f"the budget of {shown(cap)} leaves no room for the next request: "
             f"{shown(self.ledger.charged)} charged, {shown(worst)} needed at worst"
         )
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self.endpoint.key, "[key]") if self.endpoint.key else text
 
 
 def _told(answer: Answer) -> str:

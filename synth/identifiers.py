@@ -11,7 +11,7 @@ from bioinstruct.synth.prompting import Seed
 
 PATTERNS = {
     "a name with a title": r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\.?\s+[A-Z][a-z]+",
-    "a date of birth": r"(?i)\b(?:dob|date of birth|born)\b(?: on)?\W{0,3}\d{1,4}[-/. ]\w+[-/. ]\d+",
+    "a date of birth": r"(?i)\b(?:dob|date of birth|born(?: on)?)\W{1,3}\d+[-/. ]\w+[-/. ]\d+",
     "a record number": r"(?i)\b(?:mrn|(?:medical )?record (?:number|no))\W{0,4}\d{4,}",
     "a social security number": r"\b\d{3}-\d{2}-\d{4}\b",
     "a telephone number": r"(?<![\d.])(?:\+\d{1,3}[ .-]?)?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b",

@@ -1,8 +1,9 @@
 """The journal: what was asked, what came back, what was made of it, one JSON object a line.
 
     intent   written before a request is sent: key, attempt, the picodollars reserved for it
-    answer   written before the answer's text is looked at: raw bytes, status, usage, served model,
-             fingerprint, times, the picodollars charged; or the error that came instead
+    answer   written before the answer's text is looked at: status, usage, served model,
+             fingerprint, times, the picodollars charged, and last of all the response, byte for
+             byte: as it is where it is JSON on one line, else in base64; or the error instead
     verdict  what was kept of an answer, and why the rest was not
 
 Lines are only ever appended, each by one write, so that a kill at any moment leaves whole lines and
@@ -17,14 +18,24 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bioinstruct.synth.money import Usage
 
 NAME = "journal.jsonl"
+RAW = b',"raw":'  # inside a string of JSON its quotes would be escaped: it cannot stand earlier
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 SYNC_EVERY_S = 1.0  # a kill loses nothing; a power cut loses at most this
+
+
+class Text(NamedTuple):
+    """What a model wrote, and why it stopped."""
+
+    content: str
+    finish: str
+    refusal: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,8 @@ class Answer:
     fingerprint: str = ""
     complete: bool = False
     """Whether it counts as the key's answer: nothing is asked again then."""
+    text: Text | None = field(default=None, compare=False)
+    """What was decoded of it already."""
 
 
 class Totals:
@@ -57,8 +70,12 @@ class Totals:
         """Picodollars charged, reservations that were never settled included."""
         return self.charged + sum(self.open.values())
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any], answer: Answer | None = None) -> None:
         """Count one line.
+
+        Args:
+            row: the line's object.
+            answer: of an answer line, the response.
 
         Raises:
             KeyError, TypeError, ValueError: the line is none of ours.
@@ -69,21 +86,20 @@ class Totals:
             self.open[row["attempt"]] = int(row["reserved"])
             self.first_s = self.first_s or row["time"]
         elif kind == "answer":
-            self._answer(row)
+            self._answer(row, answer)
         elif kind == "verdict":
             self.verdicts[row["request"]] = dict(row)
         else:
             raise ValueError(f"unknown type {kind!r}")
 
-    def _answer(self, row: Mapping[str, Any]) -> None:
+    def _answer(self, row: Mapping[str, Any], answer: Answer | None) -> None:
         self.open.pop(row["attempt"])
         self.charged += row["charged"]
         self.last_s = row["time"]
-        if row["status"] is None or not row["complete"]:
+        if answer is None or not answer.complete:
             self.failed += 1
             return
         self.received += 1
-        answer = _read_answer(row)
         self.answers.setdefault(answer.key, answer)
 
 
@@ -151,11 +167,12 @@ class Journal:
             "time": round(time.time(), 3),
             "seconds": round(seconds, 3),
         }
-        try:
-            row["raw"] = answer.raw.decode()
-        except UnicodeDecodeError:
-            row["raw_base64"] = base64.b64encode(answer.raw).decode()
-        self._append(row)
+        # decoded and begun so, it is UTF-8
+        if answer.text and answer.raw.startswith(b'{"') and b"\n" not in answer.raw:
+            self._append(row, RAW + answer.raw, answer)
+            return
+        row["raw_base64"] = base64.b64encode(answer.raw).decode()
+        self._append(row, b"", answer)
 
     def failure(self, attempt: int, key: str, *, error: str, charged: int, seconds: float) -> None:
         """Record that no whole response came."""
@@ -179,8 +196,8 @@ class Journal:
         if self.totals.verdicts.get(request) != row:
             self._append(row)
 
-    def _append(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    def _append(self, row: dict[str, Any], tail: bytes = b"", answer: Answer | None = None) -> None:
+        line = b"%b%b}\n" % (_ENCODER.encode(row).encode()[:-1], tail)
         start = os.lseek(self.file, 0, os.SEEK_END)
         try:
             if os.write(self.file, line) < len(line):
@@ -188,7 +205,7 @@ class Journal:
         except OSError as error:
             os.ftruncate(self.file, start)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.totals.add(row)
+        self.totals.add(row, answer)
         now_s = time.monotonic()
         if now_s - self.synced_s > SYNC_EVERY_S:
             os.fdatasync(self.file)
@@ -227,7 +244,10 @@ def read_totals(path: Path) -> Totals:
     totals = Totals()
     for number, line in _whole_lines(path):
         try:
-            totals.add(json.loads(line))
+            head, mark, tail = line.partition(RAW)
+            row = json.loads(head + b"}" if mark else line)
+            answered = row["type"] == "answer" and row["status"] is not None
+            totals.add(row, _read_answer(row, tail[:-2]) if answered else None)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path}:{number}: broken journal line ({type(error).__name__}: {error}); "
@@ -243,8 +263,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _read_answer(row: Mapping[str, Any]) -> Answer:
-    raw = row["raw"].encode() if "raw" in row else base64.b64decode(row["raw_base64"])
+def _read_answer(row: Mapping[str, Any], raw: bytes) -> Answer:
+    raw = base64.b64decode(row["raw_base64"]) if "raw_base64" in row else raw
     usage = Usage(*row["usage"]) if row["usage"] else None
     return Answer(
         row["key"], row["status"], raw, usage, row["model"], row["fingerprint"], row["complete"]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 VERBS = ("Summarise", "Extract", "Classify", "Explain", "List", "Compare", "Assess", "Draft")
 PARTS = "ar bel cor dan el fi gor hal in jo kel lum mor nex or pil quo ras sel tum ul vex wi zor"
 FAULTS = ("429", "429-bare", "500", "slow", "cut", "malformed", "no-usage")
-BILLED = ("slow", "cut", "malformed", "no-usage")
+GRACE_S = 0.05
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Server:
         self.window: deque[float] = deque()
         self.chance = random.Random(0)
         self.in_flight = self.most_in_flight = 0
-        self.not_before_s = 0.0
+        self.told: list[tuple[float, float]] = []
         self.early = 0
         self.port = 0
 
@@ -122,8 +122,8 @@ class Server:
         self, writer: asyncio.StreamWriter, line: str, headers: dict[str, str], raw: bytes
     ) -> None:
         doing, now_s = self.behaviour, time.monotonic()
-        if now_s < self.not_before_s:
-            self.early += 1
+        # what was sent before the client could know is not early
+        self.early += any(told_s + GRACE_S < now_s < until_s for told_s, until_s in self.told)
         body = json.loads(raw)
         self.bodies.append(body)
         mark = hashlib.sha256(raw).hexdigest()
@@ -176,8 +176,8 @@ class Server:
                 return 429, limited, {"retry-after": f"{60 - (now_s - self.window[0]):.3f}"}
             self.window.append(now_s)
         if fault == "429":
-            told_s = float(doing.retry_after)
-            self.not_before_s = max(self.not_before_s, now_s + told_s)
+            told_s = float(doing.retry_after) + doing.latency_s
+            self.told.append((now_s, now_s + told_s))
             return 429, limited, {"retry-after": doing.retry_after}
         if fault == "429-bare":
             return 429, limited, {}
@@ -242,15 +242,17 @@ def _words(chance: random.Random, count: int) -> str:
 def running(behaviour: Behaviour | None = None) -> Iterator[Server]:
     """Serve from a thread until the block ends."""
     server, ready, loop = Server(behaviour), threading.Event(), asyncio.new_event_loop()
+    listening: list[asyncio.Server] = []
 
     async def start() -> None:
-        await server.start()
+        listening.append(await server.start())
         ready.set()
 
     def serve() -> None:
         asyncio.set_event_loop(loop)
         loop.create_task(start())
         loop.run_forever()
+        listening[0].close()
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
