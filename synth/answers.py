@@ -6,6 +6,7 @@ items count, the last one is marked. No item is passed over in silence.
 """
 
 import contextlib
+import itertools
 import json
 import re
 from typing import Any, NamedTuple
@@ -132,8 +133,7 @@ def _from_list(content: str, cut: bool) -> list[Candidate]:
     if _OUTPUT.search(first):  # the model went on right after the prompt's last number
         content, starts = f"0. Instruction: {content}", [0, *(s + 16 for s in starts)]
     found = [
-        _from_item(content[start:end])
-        for start, end in zip(starts, [*starts[1:], len(content)], strict=True)
+        _from_item(content[start:end]) for start, end in itertools.pairwise([*starts, len(content)])
     ]
     if cut and found:
         found[-1] = found[-1]._replace(problem="truncated")

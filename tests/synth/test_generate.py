@@ -301,7 +301,7 @@ def test_an_endpoint_that_always_fails(make: Make, server: Any) -> None:
 
 
 def test_retry_after_is_kept(make: Make, server: Any) -> None:
-    server.behaviour.faults, server.behaviour.retry_after = {"429": 0.2}, "0.3"
+    server.behaviour.faults, server.behaviour.retry_after = {"429": 0.4}, "0.3"
     make(n=400, limits=Limits(concurrency=8, max_failures=1000))
     assert sum(s.status == 429 for s in server.seen) > 2
     assert server.early == 0
