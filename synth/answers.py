@@ -43,21 +43,6 @@ _REFUSAL = re.compile(
     r"as an ai\b)",
     re.I,
 )
-_PLACEHOLDER = re.compile(
-    r"[\[<](?:insert|your|patient(?:'s)?|name|date|age|text|input)\b[^\]>\n]*[\]>]|"
-    r"\b(?:lorem ipsum|x{3,})\b|\{\{.*?\}\}",
-    re.I,
-)
-_LATIN_SHARE = 0.7  # of a text's letters; units and Greek letters stay far above
-_ENGLISH = frozenset(
-    (
-        *("the", "a", "an", "of", "to", "in", "and", "or", "is", "are", "for", "with"),
-        *("what", "which", "how", "this", "from", "on", "by", "as", "be", "that", "it"),
-        *("does", "not", "at", "was", "were", "has", "have", "can", "should", "any", "if"),
-        *("when", "who", "why", "following", "patient"),
-    )
-)
-_ENGLISH_WORDS = 12  # a text this long without one of these words is another language
 
 
 class Candidate(NamedTuple):
@@ -155,29 +140,5 @@ def _from_item(item: str) -> Candidate:
 
 
 def _inspected(item: Candidate) -> Candidate:
-    if item.problem:
-        return item
-    if not item.instruction or not item.output:
-        return item._replace(problem="empty")
-    if _REFUSAL.match(item.output):
-        return item._replace(problem="refusal")
-    if _has_placeholder(item.instruction) or _has_placeholder(item.input):
-        return item._replace(problem="placeholder")
-    if not _english(item.instruction):
-        return item._replace(problem="not_english")
-    return item
-
-
-def _has_placeholder(text: str) -> bool:
-    # the pattern is slow, and hardly any text holds one of its beginnings
-    marked = "[" in text or "<" in text or "{{" in text or "xx" in text or "XX" in text
-    return (marked or "orem ips" in text) and _PLACEHOLDER.search(text) is not None
-
-
-def _english(text: str) -> bool:
-    if not text.isascii():
-        letters = [c for c in text if c.isalpha()]
-        if sum(c.isascii() for c in letters) < _LATIN_SHARE * len(letters):
-            return False
-    words = text.lower().split()
-    return len(words) < _ENGLISH_WORDS or not _ENGLISH.isdisjoint(words)
+    empty = not item.problem and not (item.instruction and item.output)
+    return item._replace(problem="empty") if empty else item

@@ -41,7 +41,7 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--n", required=True, type=click.IntRange(min=1), help="Records wanted."),
         click.option("--model", required=True, help="A chat model, as the endpoint calls it."),
         click.option("--seeds", type=FILE, help="Example records. Default: the installed ones."),
-        click.option("--prompt", type=FILE, help="A prompt of your own, with {examples} in it."),
+        click.option("--prompt", type=FILE, help="A prompt of your own, with {seeds} in it."),
         click.option("--models", type=FILE, help="A table of models of your own (models.toml)."),
         click.option("--seed", default=0, show_default=True, help="Of the draws."),
         click.option(
@@ -53,7 +53,7 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--rules",
-            type=click.Choice(["paper", "alpaca", "none"]),
+            type=click.Choice(["paper", "alpaca", "strict", "none"]),
             default="paper",
             show_default=True,
             help="What is dropped.",

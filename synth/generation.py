@@ -26,6 +26,7 @@ from bioinstruct.synth.journal import Answer, Journal
 from bioinstruct.synth.plan import Asked, Plan, Settings
 from bioinstruct.synth.prompting import NEW
 from bioinstruct.synth.records import write_records
+from bioinstruct.synth.rouge import Near
 from bioinstruct.synth.sieve import Judge, Sieve
 
 RECORDS = "records.jsonl"
@@ -78,8 +79,8 @@ class Collector:
             if not self.missing:
                 break  # what follows the last record wanted was never judged
             verdict = self.judge(item)
-            near = [round(verdict.near.score, 4), verdict.near.index]
-            items.append({"rule": verdict.rule, "near": near})
+            near = self._named(verdict.near)
+            items.append({"rule": verdict.rule, "nearest": near})
             self.funnel[verdict.rule or "kept"] += 1
             if not verdict.rule:
                 self._keep(item, asked, number, near)
@@ -93,9 +94,10 @@ class Collector:
                 "the prompt give no new tasks any more: see the verdicts in journal.jsonl"
             )
 
-    def _keep(self, item: answers.Candidate, asked: Asked, number: int, near: list[Any]) -> None:
+    def _keep(
+        self, item: answers.Candidate, asked: Asked, number: int, near: dict[str, Any] | None
+    ) -> None:
         name = f"synth-{len(self.records) + 1:06d}"
-        score, index = near
         self.names.append(name)
         self.records.append(
             {
@@ -110,10 +112,13 @@ class Collector:
                     "key": asked.request.key,
                     "seeds": [seed.id for seed in asked.seeds],
                     "rules": self.plan.settings.rules,
-                    "nearest": {"id": self.names[index] if index >= 0 else None, "rouge_l": score},
+                    "nearest": near,
                 },
             }
         )
+
+    def _named(self, near: Near | None) -> dict[str, Any] | None:
+        return near and {"id": self.names[near.place], "rouge_l": round(near.score, 4)}
 
     def told(self) -> str:
         """Return the funnel in words."""

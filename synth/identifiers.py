@@ -7,7 +7,7 @@ and mail addresses as they are usually written. It is no de-identification and n
 import re
 from collections.abc import Sequence
 
-from bioinstruct.synth.prompting import Seed
+from bioinstruct.synth.seeds import Seed
 
 PATTERNS = {
     "a name with a title": r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof)\.?\s+[A-Z][a-z]+",

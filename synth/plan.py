@@ -20,9 +20,10 @@ from bioinstruct.synth.answers import SCHEMA
 from bioinstruct.synth.endpoint import OPENAI
 from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.files import write_text
+from bioinstruct.synth.filters import ROUGE, RULES, rouge_threshold
 from bioinstruct.synth.money import Prices
-from bioinstruct.synth.prompting import FORMATS, Seed, prompt, read_prompt, read_seeds
-from bioinstruct.synth.sieve import ROUGE, RULES
+from bioinstruct.synth.prompting import FORMATS, prompt, read_prompt
+from bioinstruct.synth.seeds import Seed, read_seeds
 from bioinstruct.synth.text import shown
 
 RUN = "run.toml"
@@ -71,7 +72,7 @@ class Settings:
     persons."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("format", FORMATS), ("rules", tuple(RULES))):
+        for name, allowed in (("format", FORMATS), ("rules", RULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
@@ -80,7 +81,6 @@ class Settings:
             ("n", 1, 10**7),
             ("max_tokens", 1, 10**6),
             ("seed", 0, 2**63),
-            ("rouge", 1e-6, 1),
             ("temperature", 0, 2),
             ("top_p", 0, 1),
             ("price_in", 0, 1e6),
@@ -90,6 +90,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must lie in {low} to {high}, not {value}")
+        rouge_threshold(self.rules, self.rouge)
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("--price-in and --price-out come together; give both or neither")
 
@@ -119,7 +120,10 @@ class Plan:
         self.settings = settings
         self.draw = draw or ("uniform" if settings.rules == "paper" else "permuted")
         self.model = models.read_model(settings.model, settings.models)
-        self.seeds, self.template = read_seeds(settings.seeds), read_prompt(settings.prompt)
+        self.seeds, self.template = (
+            read_seeds(settings.seeds),
+            read_prompt(settings.prompt, settings.format),
+        )
         self.prices = self._prices()
 
     def _prices(self) -> Prices:
@@ -175,10 +179,10 @@ class Plan:
         seeds = [[s.id, s.record.instruction, s.record.input, s.record.output] for s in self.seeds]
         return {
             "model": settings.model,
+            "format": settings.format,
             "seeds": _hash(json.dumps(seeds)),
             "prompt": _hash(self.template),
             "sampling": json.dumps(rest, sort_keys=True),
-            "format": settings.format,
             "rules": settings.rules,
             "rouge": settings.rouge,
             "seed": settings.seed,

@@ -1,26 +1,17 @@
-"""Which candidates become records, and why the others do not.
+"""Which candidates become records, and why the others do not: filters.py, one candidate at a time.
 
-Rules after Self-Instruct, on the instruction: its words, keywords of what a language model cannot
-do, and its ROUGE-L to every seed and every record accepted before. `paper` is BioInstruct's text
-(fewer than 3 or more than 150 words, F >= 0.7, an output that repeats the input); `alpaca` the
-limits of Alpaca's code (3 words or fewer, F > 0.7, odd beginnings); `none` looks at ROUGE only.
+A candidate meets the rules on its own text first, then ROUGE-L to every seed and to every record
+accepted before it. The order of the candidates decides, so the caller must keep one that never
+changes.
 """
 
-import re
-import string
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from bioinstruct.synth.answers import Candidate
-from bioinstruct.synth.similarity import Near, RougeIndex
-
-ROUGE = 0.7
-MOST_WORDS = 150
-KEYWORDS = (
-    "image images graph graphs picture pictures file files map maps draw plot go to video audio "
-    "music flowchart diagram"
-)
-_KEYWORD = re.compile(r"\b(?:" + "|".join(KEYWORDS.replace("go to", "").split()) + r"|go to)\b")
+from bioinstruct.synth.filters import rouge_threshold, text_drop
+from bioinstruct.synth.records import Record
+from bioinstruct.synth.rouge import Near, RougeIndex
 
 
 class Verdict(NamedTuple):
@@ -28,7 +19,8 @@ class Verdict(NamedTuple):
 
     rule: str
     """The rule that dropped it; empty where it is kept."""
-    near: Near
+    near: Near | None
+    """The nearest seed or record, where ROUGE-L was asked."""
 
 
 class Judge(Protocol):
@@ -42,65 +34,29 @@ class Sieve:
     """The rules with their memory of what was accepted.
 
     Args:
-        rules: one of RULES.
-        rouge: the highest ROUGE-L F that is not a repetition; `alpaca` allows it itself.
+        rules: one of filters.RULES.
+        rouge: the ROUGE-L threshold.
         known: the seeds' instructions.
+
+    Raises:
+        ValueError: rules are unknown, or rouge is out of range.
     """
 
-    def __init__(self, rules: str, rouge: float, known: list[str]) -> None:
-        if rules not in RULES:
-            raise ValueError(f"rules must be one of {', '.join(RULES)}, not {rules!r}")
-        if not 0 < rouge <= 1:
-            raise ValueError(f"rouge must lie above 0 and not above 1, not {rouge}")
-        self.check, self.rouge, self.index = RULES[rules], rouge, RougeIndex()
-        self.tie_is_near = rules != "alpaca"
+    def __init__(self, rules: str, rouge: float, known: Sequence[str]) -> None:
+        self.rules, self.threshold = rules, rouge_threshold(rules, rouge)
+        self.index = RougeIndex(self.threshold)
         for text in known:
             self.index.add(text)
 
     def __call__(self, candidate: Candidate) -> Verdict:
         """Judge a candidate, and take it in where it is kept."""
-        rule = candidate.problem or self.check(candidate)
-        if rule:
-            return Verdict(rule, Near(0.0, -1))
-        near = self.index.nearest(candidate.instruction)
-        if near.score > self.rouge or (self.tie_is_near and near.score == self.rouge):
+        if candidate.problem:
+            return Verdict(candidate.problem, None)
+        given, shown, done, _ = candidate
+        if drop := text_drop(self.rules, Record(given, shown, done, {}, "", 0)):
+            return Verdict(drop.rule, None)
+        near = self.index.nearest(given)
+        if near and near.score >= self.threshold:
             return Verdict("rouge", near)
-        self.index.add(candidate.instruction)
+        self.index.add(given)
         return Verdict("", near)
-
-
-def _paper(candidate: Candidate) -> str:
-    words = len(candidate.instruction.split())
-    if words < 3:
-        return "too_short"
-    return _common(candidate, words)
-
-
-def _alpaca(candidate: Candidate) -> str:
-    words = len(candidate.instruction.split())
-    if words <= 3:
-        return "too_short"
-    text = candidate.instruction
-    if text.startswith("Write a program"):
-        return "program"
-    if text[0] in string.punctuation or not text[0].isascii():
-        return "odd_beginning"
-    return _common(candidate, words)
-
-
-def _common(candidate: Candidate, words: int) -> str:
-    if words > MOST_WORDS:
-        return "too_long"
-    if _KEYWORD.search(candidate.instruction.lower()):
-        return "keyword"
-    output = candidate.output.strip().casefold()
-    if output and output == candidate.input.strip().casefold():
-        return "output_is_input"
-    return ""
-
-
-def _none(candidate: Candidate) -> str:
-    return ""
-
-
-RULES: dict[str, Callable[[Candidate], str]] = {"paper": _paper, "alpaca": _alpaca, "none": _none}

@@ -13,7 +13,6 @@ from bioinstruct.synth import draws
 from bioinstruct.synth.answers import Candidate, candidates
 from bioinstruct.synth.journal import Text
 from bioinstruct.synth.sieve import Sieve
-from bioinstruct.synth.similarity import RougeIndex, f_measure, tokens
 
 TASK = {"instruction": "Name the finding.", "input": "A note.", "output": "Fever."}
 LISTED = "4. Instruction: Name it.\n4. Input: A note.\n4. Output: Fever.\nAnd rash.\n\n"
@@ -51,14 +50,6 @@ def test_a_cut_text_keeps_every_whole_task(at: int) -> None:
         ('{"tasks": [{"instruction": "a"}]}', "malformed"),
         ('{"tasks": [{"instruction": 1, "input": "", "output": ""}]}', "malformed"),
         (json.dumps({"tasks": [TASK | {"output": " "}]}), "empty"),
-        (json.dumps({"tasks": [TASK | {"output": "I'm sorry, I cannot."}]}), "refusal"),
-        (json.dumps({"tasks": [TASK | {"input": "Dear [insert name],"}]}), "placeholder"),
-        (json.dumps({"tasks": [TASK | {"input": "{{note}}"}]}), "placeholder"),
-        (
-            json.dumps({"tasks": [TASK | {"instruction": "\u8bf7\u603b\u7ed3\u75c5\u5386"}]}),
-            "not_english",
-        ),
-        (json.dumps({"tasks": [TASK | {"instruction": "uno " * 12}]}), "not_english"),
         ("I'm sorry, but I can't help with that.", "refusal"),
         ("[" * 100_000, "malformed"),
         ('```json\n{"tasks": [' + json.dumps(TASK) + "]}\n```", ""),
@@ -97,69 +88,29 @@ def test_broken_lists() -> None:
     assert problems("4. Instruction: Name it.\n5. Instruction: x\n", "list") == ["malformed"] * 2
 
 
-def lcs(a: list[str], b: list[str]) -> int:
-    """The textbook's table."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        before = row
-        row = [0]
-        for j, y in enumerate(b):
-            row.append(before[j] + 1 if x == y else max(before[j + 1], row[j]))
-    return row[-1]
-
-
-words = st.lists(st.sampled_from("abcde"), min_size=1, max_size=14).map(" ".join)
-
-
-@given(st.lists(words, min_size=1, max_size=12), words)
-def test_nearest_is_the_textbook_s(texts: list[str], text: str) -> None:
-    index = RougeIndex()
-    for known in texts:
-        index.add(known)
-    a = tokens(text)
-    scores = [f_measure(lcs(a, tokens(t)), len(a), len(tokens(t))) for t in texts]
-    near = index.nearest(text)
-    assert near.score == max(scores)
-    assert near.index == (scores.index(max(scores)) if max(scores) else -1)
-
-
-def test_tokens_are_rouge_score_s() -> None:
-    assert tokens("IL-2's \u03b1 (5%)\n_x") == ["il", "2", "s", "5", "x"]
-    assert RougeIndex().nearest("a") == RougeIndex().nearest("...")
-
-
 def sieve(rules: str) -> Sieve:
     return Sieve(rules, 0.7, ["a b c d e f g h i j"])
 
 
 @pytest.mark.parametrize(
-    ("instruction", "paper", "alpaca", "none"),
+    ("instruction", "paper", "alpaca", "strict", "none"),
     [
-        ("Two words", "too_short", "too_short", ""),
-        ("Just three words", "", "too_short", ""),
-        ("w " * 150, "", "", ""),
-        ("w " * 151, "too_long", "too_long", ""),
-        ("Describe the Image given here", "keyword", "keyword", ""),
-        ("Please go to the ward now", "keyword", "keyword", ""),
-        ("Describe the imagery given here", "", "", ""),
-        ("Write a program that counts cells", "", "program", ""),
-        ("- Name the cells seen here", "", "odd_beginning", ""),
+        ("Two words", "too-short", "too-short", "too-short", ""),
+        ("Just three words", "", "too-short", "", ""),
+        ("Describe the image given here", "keyword", "keyword", "", ""),
         # L = 7 of 10 and 10 tokens: F is 0.7 in floats
-        ("a b c d e f g x y z", "rouge", "", "rouge"),
-        ("a b c d e f g h y z", "rouge", "rouge", "rouge"),
-        ("a b c d e f v x y z", "", "", ""),
+        ("a b c d e f g x y z", "rouge", "", "rouge", "rouge"),
+        ("a b c d e f v x y z", "", "", "", ""),
     ],
 )
-def test_rules(instruction: str, paper: str, alpaca: str, none: str) -> None:
+def test_rules(instruction: str, paper: str, alpaca: str, strict: str, none: str) -> None:
     item = Candidate(instruction, "in", "out")
-    assert [sieve(r)(item).rule for r in ("paper", "alpaca", "none")] == [paper, alpaca, none]
+    found = [sieve(rules)(item).rule for rules in ("paper", "alpaca", "strict", "none")]
+    assert found == [paper, alpaca, strict, none]
 
 
-def test_an_output_that_repeats_its_input() -> None:
-    assert sieve("paper")(Candidate("Copy the note here.", " Same", "same ")).rule == (
-        "output_is_input"
-    )
-    assert sieve("none")(Candidate("Copy the note here.", " Same", "same ")).rule == ""
+def test_broken_candidates_meet_no_rule() -> None:
+    assert sieve("none")(Candidate("", "", "x", "truncated")) == ("truncated", None)
 
 
 def test_what_is_accepted_counts_against_the_next() -> None:

@@ -65,7 +65,7 @@ def test_a_run_from_end_to_end(make: Make, server: Any, tmp_path: Path) -> None:
     records = read_records(out / "records.jsonl")
     assert len(records) == len(result.records) == 100
     assert result.funnel["kept"] == 100
-    assert {"rouge", "too_short", "keyword"} <= set(result.funnel)
+    assert {"rouge", "too-short", "keyword"} <= set(result.funnel)
     assert result.charged_usd == pytest.approx(billed(server), abs=1e-12)
     assert len({r.instruction for r in records}) == 100
     assert sorted(path.name for path in out.iterdir()) == [
@@ -165,7 +165,7 @@ def test_what_is_fixed_may_not_change(make: Make, server: Any, field: str, value
 def test_other_seeds_or_prompts_are_refused(make: Make, seeds: Path, tmp_path: Path) -> None:
     make(n=20)
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text("Tasks:\n{examples}\n")
+    prompt.write_text("Tasks:\n{seeds}\n")
     with pytest.raises(ValueError, match="begun with prompt"):
         make(n=30, prompt=prompt)
     seeds.write_text("".join(seeds.read_text().splitlines(keepends=True)[:5]))
