@@ -62,7 +62,7 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--temperature", type=float, help="Default: 1 where the model takes one."),
         click.option("--top-p", type=float),
         click.option(
-            "--max-tokens", default=4096, show_default=True, help="The most tokens of an answer."
+            "--max-tokens", default=8192, show_default=True, help="The most tokens of an answer."
         ),
         click.option("--price-in", type=float, help="USD per million tokens read."),
         click.option("--price-out", type=float, help="USD per million tokens written."),

@@ -58,7 +58,7 @@ class Settings:
     temperature: float | None = None
     """Default: 1.0 where the model takes a temperature."""
     top_p: float | None = None
-    max_tokens: int = 4096
+    max_tokens: int = 8192
     """The most tokens of one answer."""
     price_in: float | None = None
     """USD per million tokens read. Default: the table's."""

@@ -214,7 +214,7 @@ def test_a_stopped_run_ends_at_what_it_has(make: Make, server: Any) -> None:
 
 
 def test_a_bill_above_its_reservation_aborts(make: Make, server: Any) -> None:
-    server.behaviour.usage_extra = 10_000
+    server.behaviour.usage_extra = 50_000
     with pytest.raises(ValueError, match="does not keep to the output cap"):
         make()
 
