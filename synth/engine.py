@@ -87,6 +87,7 @@ class Engine:
         self.answered = False
         self.asking: dict[str, asyncio.Event] = {}
         self.halted: Exception | None = None
+        self.overbilled: Exception | None = None
         self.refused = 0
 
     async def __aenter__(self) -> "Engine":
@@ -223,14 +224,13 @@ class Engine:
             return worst
         cost = self.prices.cost(answer.usage)
         if cost > worst:
-            self.halt(
-                ValueError(
-                    f"the endpoint billed {answer.usage.prompt_tokens} + "
-                    f"{answer.usage.completion_tokens} tokens, {shown(cost)}, for a request whose "
-                    f"worst case was {shown(worst)}: it does not keep to the output cap, so no "
-                    "budget can be kept; correct `cap` in the model's entry (--models)"
-                )
+            self.overbilled = ValueError(
+                f"the endpoint billed {answer.usage.prompt_tokens} + "
+                f"{answer.usage.completion_tokens} tokens, {shown(cost)}, for a request whose "
+                f"worst case was {shown(worst)}: it does not keep to the output cap, so no "
+                "budget can be kept; correct `cap` in the model's entry (--models)"
             )
+            self.halt(self.overbilled)
         return cost
 
     def _succeeded(self, headers: Mapping[str, str]) -> None:

@@ -267,6 +267,8 @@ async def _collect(
         _stop_on_signals()
         try:
             await _drive(plan, engine, collector, rest)
+            if engine.overbilled:  # even where the records are all there
+                raise engine.overbilled
         except asyncio.CancelledError:
             raise Stopped(_how_to_go_on("stopped", plan, collector)) from None
         except BudgetReached as error:
