@@ -5,7 +5,7 @@ from typing import NoReturn
 
 import click
 
-from bioinstruct.synth import console
+from bioinstruct.synth import console, generate_cli
 
 FILE = click.Path(path_type=Path)
 
@@ -140,6 +140,10 @@ def filter_command(
     why = ", ".join(f"{rule} {number}" for rule, number in done.rules.items())
     dropped = f"{done.read - done.kept} dropped ({why})" if why else "none dropped"
     console.note(f"{done.kept} of {done.read} records kept in {out}, {dropped}; see {done.dropped}")
+
+
+for command in generate_cli.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> NoReturn:

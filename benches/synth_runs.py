@@ -1,0 +1,124 @@
+"""Whole runs of `generate` against the local server: the estimate, the funnel, the rate kept.
+
+For answers of one length and of twice that: what the configuration alone says a run will cost, what
+is said after 20 answers, and the final bill, which is compared with the server's own books. Then a
+run under a limit of requests a minute, of which the server refuses what is over.
+
+    python benches/synth_runs.py --records 2000
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bioinstruct.synth import estimate, generation, money
+from bioinstruct.synth.engine import Limits
+from bioinstruct.synth.journal import NAME, read_totals
+from bioinstruct.synth.plan import Plan, Settings
+
+SERVER = Path(__file__).parents[1] / "tests" / "synth" / "server.py"
+PRICES = (2.5, 10.0)
+
+
+def server_module() -> ModuleType:
+    """Load the tests' server."""
+    spec = importlib.util.spec_from_file_location("synth_server", SERVER)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def settings(folder: Path, url: str, records: int, limits: Limits) -> Settings:
+    """Return a run with the installed seeds on a local server."""
+    return Settings(
+        out=folder,
+        n=records,
+        model="local",
+        base_url=url,
+        price_in=PRICES[0],
+        price_out=PRICES[1],
+        budget=math.inf,
+        limits=limits,
+    )
+
+
+def after_twenty(folder: Path, plan: Plan) -> float:
+    """Return the estimate that 20 answers give, in USD."""
+    totals = read_totals(folder / NAME)
+    rows = [totals.verdicts[i] for i in range(estimate.ENOUGH)]
+    usages = [totals.answers[row["key"]].usage for row in rows]
+    told = estimate.from_answers(
+        n=plan.settings.n,
+        accepted=sum(not item["rule"] for row in rows for item in row["items"]),
+        requests=estimate.ENOUGH,
+        spent=sum(plan.prices.cost(usage) for usage in usages if usage),
+    )
+    assert told is not None
+    return told / money.PICO
+
+
+def whole_run(module: ModuleType, words: int, records: int) -> dict[str, Any]:
+    """Make records from answers of a length; return estimates, bill and funnel."""
+    doing = module.Behaviour(words=words, latency_s=0.02)
+    with module.running(doing) as server, tempfile.TemporaryDirectory() as folder:
+        plan = Plan(settings(Path(folder), server.url, records, Limits(concurrency=16)))
+        start_s = time.perf_counter()
+        result = generation.run(plan)
+        took_s = time.perf_counter() - start_s
+        bill, told = server.bill(*PRICES), after_twenty(Path(folder), plan)
+        return {
+            "words": words,
+            "records": len(result.records),
+            "requests": len(server.seen),
+            "seconds": round(took_s, 2),
+            "estimate_usd": round(estimate.from_settings(plan).cost / money.PICO, 4),
+            "after_20_usd": round(told, 4),
+            "charged_usd": round(result.charged_usd, 4),
+            "server_bill_usd": round(bill, 4),
+            "after_20_over_bill": round(told / bill, 3),
+            "funnel": dict(result.funnel.most_common()),
+        }
+
+
+def limited_run(module: ModuleType, records: int, rpm: int, by_header: bool) -> dict[str, Any]:
+    """Make records under a limit of requests a minute, told by a flag or by the server's header."""
+    headers = {"x-ratelimit-limit-requests": str(rpm)} if by_header else {}
+    doing = module.Behaviour(latency_s=0.2, rpm=rpm, headers=headers)
+    with module.running(doing) as server, tempfile.TemporaryDirectory() as folder:
+        limits = Limits(concurrency=16, rpm=None if by_header else rpm)
+        generation.run(Plan(settings(Path(folder), server.url, records, limits)))
+        times = [seen.time_s for seen in server.seen]
+        rate = (len(times) - 1) / (times[-1] - times[0]) * 60
+        refused = sum(seen.status == 429 for seen in server.seen)
+    return {"rpm": rpm, "by_header": by_header, "kept_rpm": round(rate, 1), "refused": refused}
+
+
+def main() -> None:
+    """Run everything and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=int, default=2000)
+    parser.add_argument("--limited-records", type=int, default=2000)
+    parser.add_argument("--rpm", type=int, default=600)
+    given = parser.parse_args()
+    module = server_module()
+    told = {
+        "runs": [whole_run(module, words, given.records) for words in (12, 24)],
+        "limited": [
+            limited_run(module, given.limited_records, given.rpm, by_header)
+            for by_header in (False, True)
+        ],
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""From a model's text to candidate records, in both formats, and what is wrong with each.
+
+`schema` answers are one JSON object {"tasks": [...]}; `list` answers go on with a numbered list of
+`k. Instruction:`, `k. Input:`, `k. Output:`. A text cut off by the output cap is salvaged: whole
+items count, the last one is marked. No item is passed over in silence.
+"""
+
+import contextlib
+import itertools
+import json
+import re
+from typing import Any, NamedTuple
+
+from bioinstruct.synth.journal import Text
+
+FIELDS = ("instruction", "input", "output")
+_TASK: dict[str, Any] = {
+    "type": "object",
+    "properties": {field: {"type": "string"} for field in FIELDS},
+    "required": list(FIELDS),
+    "additionalProperties": False,
+}
+SCHEMA: dict[str, Any] = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "tasks",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {"tasks": {"type": "array", "items": _TASK}},
+            "required": ["tasks"],
+            "additionalProperties": False,
+        },
+    },
+}
+_DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in strings
+_MARK = r"[ \t]*(?:[#*]+[ \t]*)?"
+_ITEM = re.compile(rf"^{_MARK}\d+[.)]{_MARK}Instruction{_MARK}:{_MARK}", re.I | re.M)
+_INPUT = re.compile(rf"^{_MARK}(?:\d+[.)])?{_MARK}Input{_MARK}:{_MARK}", re.I | re.M)
+_OUTPUT = re.compile(rf"^{_MARK}(?:\d+[.)])?{_MARK}Output{_MARK}:{_MARK}", re.I | re.M)
+_REFUSAL = re.compile(
+    r"^(?:i(?:'|\u2019)?m sorry|i am sorry|sorry,|i can(?:no|')?t |i(?:'| a)m (?:unable|not able)|"
+    r"as an ai\b)",
+    re.I,
+)
+
+
+class Candidate(NamedTuple):
+    """An item of an answer that may become a record."""
+
+    instruction: str
+    input: str
+    output: str
+    problem: str = ""
+    """What is wrong with it before any rule is asked: malformed, truncated, refusal, ..."""
+
+
+def candidates(text: Text, form: str) -> list[Candidate]:
+    """Return every item of an answer, the broken ones marked; at least one.
+
+    Args:
+        text: what the model wrote.
+        form: schema or list.
+    """
+    if text.finish == "content_filter" and not text.content.strip():
+        return [Candidate("", "", "", "filtered")]
+    if text.refusal or _REFUSAL.match(text.content.lstrip()):
+        return [Candidate("", "", text.refusal or text.content, "refusal")]
+    cut = text.finish == "length"
+    found = _from_json(text.content, cut) if form == "schema" else _from_list(text.content, cut)
+    return [_inspected(item) for item in found] or [Candidate("", "", text.content, "empty")]
+
+
+def _from_json(content: str, cut: bool) -> list[Candidate]:
+    """Read an object with tasks; from a broken text the first array, as far as it is whole."""
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = _DECODER.decode(content)
+        if isinstance(whole, dict) and isinstance(whole.get("tasks"), list):
+            return [_from_value(value) for value in whole["tasks"]]
+    at = content.find("[")
+    if at < 0:
+        return [Candidate("", "", content, "truncated" if cut else "malformed")]
+    found, at = list[Candidate](), at + 1
+    while True:
+        at = _skipped(content, at)
+        if content.startswith("]", at):
+            return found
+        try:
+            value, at = _DECODER.raw_decode(content, at)
+        except (ValueError, RecursionError):
+            problem = "truncated" if cut or at >= len(content) else "malformed"
+            return [*found, Candidate("", "", content[at:], problem)]
+        found.append(_from_value(value))
+
+
+def _skipped(content: str, at: int) -> int:
+    while at < len(content) and content[at] in " \t\r\n,":
+        at += 1
+    return at
+
+
+def _from_value(value: object) -> Candidate:
+    if isinstance(value, dict):
+        given, shown, done = (value.get(field) for field in FIELDS)
+        if isinstance(given, str) and isinstance(shown, str) and isinstance(done, str):
+            return Candidate(_whole(given).strip(), _whole(shown).strip(), _whole(done).strip())
+    return Candidate("", "", json.dumps(value), "malformed")
+
+
+def _whole(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can carry and UTF-8 cannot."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _from_list(content: str, cut: bool) -> list[Candidate]:
+    starts = [found.start() for found in _ITEM.finditer(content)]
+    first = content[: starts[0]] if starts else content
+    if _OUTPUT.search(first):  # the model went on right after the prompt's last number
+        content, starts = f"0. Instruction: {content}", [0, *(s + 16 for s in starts)]
+    found = [
+        _from_item(content[start:end]) for start, end in itertools.pairwise([*starts, len(content)])
+    ]
+    if cut and found:
+        found[-1] = found[-1]._replace(problem="truncated")
+    return found
+
+
+def _from_item(item: str) -> Candidate:
+    head = _ITEM.match(item)
+    given = _INPUT.search(item)
+    answer = _OUTPUT.search(item, given.end() if given else 0)
+    if head is None or given is None or answer is None:
+        return Candidate("", "", item, "malformed")
+    instruction = item[head.end() : given.start()]
+    return Candidate(
+        instruction.strip(),
+        item[given.end() : answer.start()].strip(),
+        item[answer.end() :].strip(),
+    )
+
+
+def _inspected(item: Candidate) -> Candidate:
+    empty = not item.problem and not (item.instruction and item.output)
+    return item._replace(problem="empty") if empty else item

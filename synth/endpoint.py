@@ -1,0 +1,197 @@
+"""An OpenAI-compatible chat endpoint: its address, its key, and what its responses mean.
+
+The key is read from the environment, goes into one header and nowhere else: it is taken out of
+every response before that is written or shown.
+"""
+
+import ipaddress
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from bioinstruct.synth.journal import Answer, Text
+from bioinstruct.synth.money import Usage
+
+OPENAI = "https://api.openai.com/v1"
+KEY_ENV = "OPENAI_API_KEY"
+SAYS_SHOWN = 300  # characters of an endpoint's own words in our sentence
+SHORT_KEY = 8  # characters
+RETRIED = frozenset((408, 409, 425, 429))
+FILTERED = frozenset(("content_filter", "content_policy_violation"))
+QUOTA = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
+
+
+class Endpoint(NamedTuple):
+    """Where requests go."""
+
+    base_url: str
+    key: str
+    """Empty where none is needed."""
+    local: bool
+    """On this machine: nothing leaves it, and no proxy is asked."""
+
+    @property
+    def url(self) -> str:
+        """The address of chat completions."""
+        return f"{self.base_url}/chat/completions"
+
+    def without_key(self, raw: bytes) -> bytes:
+        """Return a response with the key taken out."""
+        long = len(self.key) >= SHORT_KEY  # a shorter one is no secret, and stands in any text
+        return raw.replace(self.key.encode(), b"[key]") if long else raw
+
+    def __repr__(self) -> str:
+        """Show the address only."""
+        return f"Endpoint({self.base_url})"
+
+
+def open_endpoint(base_url: str = OPENAI, key_env: str | None = None) -> Endpoint:
+    """Check an address and find its key.
+
+    Args:
+        base_url: with /v1 or what stands in its place, without /chat/completions.
+        key_env: the environment variable that holds the key. Default: OPENAI_API_KEY.
+
+    Raises:
+        ValueError: the address is none, or a remote endpoint has no key.
+    """
+    url = base_url.rstrip("/")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--base-url must be like {OPENAI}, not {base_url!r}")
+    if "@" in parts.netloc:
+        raise ValueError("--base-url must hold no password; pass the key with --api-key-env")
+    if url.endswith("/chat/completions"):
+        raise ValueError(f"--base-url ends before /chat/completions, as in {OPENAI}")
+    local = _loopback(parts.hostname)
+    name = key_env or KEY_ENV
+    key = os.environ.get(name, "").strip()
+    if not key and (key_env or not local):
+        raise ValueError(f"no key for {url}: set {name}, or name its variable with --api-key-env")
+    if not key.isascii() or not key.isprintable():
+        raise ValueError(f"the key in {name} holds characters that no key has; set it again")
+    return Endpoint(url, key, local)
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_response(key: str, status: int, raw: bytes) -> Answer:
+    """Read the envelope of a response: usage, served model, whether it is a whole answer.
+
+    An answer that the endpoint's content filter refused is whole too: asking again would give the
+    same. Its text is not looked at here.
+    """
+    value = parsed(raw)
+    if status != 200:
+        complete = status == 400 and error_code(value) in FILTERED
+        return Answer(key, status, raw, complete=complete)
+    model, fingerprint = value.get("model"), value.get("system_fingerprint")
+    text = _text(value)
+    return Answer(
+        key,
+        status,
+        raw,
+        read_usage(value),
+        model if isinstance(model, str) else "",
+        fingerprint if isinstance(fingerprint, str) else "",
+        complete=text is not None,
+        text=text,
+    )
+
+
+def read_usage(value: Mapping[str, Any]) -> Usage | None:
+    """Return the tokens billed, or None where they are missing or make no sense.
+
+    Endpoints that leave hidden reasoning out of completion_tokens still have it in the total.
+    """
+    usage = value.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    if prompt is None or completion is None:
+        return None
+    return Usage(prompt, max(completion, (_count(usage, "total_tokens") or 0) - prompt))
+
+
+def text_of(answer: Answer) -> Text:
+    """Return the text of a whole answer; a filtered one has none."""
+    return answer.text or _text(parsed(answer.raw)) or Text("", "content_filter", "")
+
+
+def _text(value: Mapping[str, Any]) -> Text | None:
+    message = _message(value)
+    if message is None:
+        return None
+    finish = value["choices"][0].get("finish_reason")
+    content, refusal = message.get("content"), message.get("refusal")
+    return Text(
+        content if isinstance(content, str) else "",
+        finish if isinstance(finish, str) else "",
+        refusal if isinstance(refusal, str) else "",
+    )
+
+
+def _message(value: Mapping[str, Any]) -> dict[str, Any] | None:
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return None
+    message = choices[0].get("message")
+    return message if isinstance(message, dict) else None
+
+
+def _count(usage: Mapping[str, object], name: str) -> int | None:
+    value = usage.get(name)
+    return value if type(value) is int and value >= 0 else None
+
+
+def parsed(raw: bytes) -> dict[str, Any]:
+    """Return a response's JSON object, or an empty one where it is none."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def error_code(value: Mapping[str, Any]) -> str:
+    """Return the code, or else the type, of an error response; empty where it has none."""
+    error = value.get("error")
+    if not isinstance(error, dict):
+        return ""
+    return str(error.get("code") or error.get("type") or "")
+
+
+def fatal(endpoint: Endpoint, model: str, answer: Answer) -> str | None:
+    """Return why a response means that no other request can succeed either, or None."""
+    status, value = answer.status, parsed(answer.raw)
+    said = says(answer)
+    if status == 401 or status == 403:
+        return f"{endpoint.base_url} refuses the key (HTTP {status}: {said}); check it"
+    if status == 402 or error_code(value) in QUOTA:
+        return f"the account at {endpoint.base_url} has no credit left (HTTP {status}: {said})"
+    if status == 404:
+        return (
+            f"{endpoint.base_url} knows no model {model!r}, or the address lacks its /v1 "
+            f"(HTTP 404: {said}); correct --model or --base-url"
+        )
+    if status != 200 and status < 500 and status not in RETRIED:
+        return f"{endpoint.base_url} refuses the request (HTTP {status}: {said})"
+    return None
+
+
+def says(answer: Answer) -> str:
+    """Return the endpoint's own words about an error, on one line, not too long."""
+    error = parsed(answer.raw).get("error")
+    words = error.get("message") if isinstance(error, dict) else error
+    text = words if isinstance(words, str) else answer.raw.decode("utf-8", "replace")
+    text = " ".join(text.split())
+    return text if len(text) <= SAYS_SHOWN else f"{text[:SAYS_SHOWN]}..."

@@ -1,0 +1,296 @@
+"""The request engine: one scheduler between many questions and one endpoint.
+
+A request passes, in the order in which it was asked, the gate (rates, pauses, concurrency) and the
+ledger (its worst case must fit into the budget); its intent is journalled, it is sent, and the
+response is journalled before anything is made of it. Refusals and cut connections are retried here
+and nowhere else. What no retry can mend - a wrong key, an empty account, an unknown model, a bill
+above its reservation - stops everything at once; what is in flight is still waited for and kept.
+
+What an attempt is charged: the cost of its usage; its whole reservation where the bill is unknown
+(no usage, a timeout, a cut connection, a kill); nothing for an error response or where no
+connection was made.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from bioinstruct.synth import endpoint as endpoints
+from bioinstruct.synth.console import Stopped
+from bioinstruct.synth.endpoint import Endpoint
+from bioinstruct.synth.journal import Answer, Journal
+from bioinstruct.synth.models import Request
+from bioinstruct.synth.money import Ledger, Prices, shown
+from bioinstruct.synth.pace import Gate, retry_after_s
+
+MAX_TRIES = 20  # of one request, rate refusals not counted
+BACKOFF_S, BACKOFF_MOST_S = 0.5, 60.0
+
+
+class BudgetReached(Stopped):
+    """The next request's worst case no longer fits into the budget."""
+
+
+class Closing(Exception):
+    """Nothing more is sent, because what was wanted is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How hard the endpoint may be driven."""
+
+    concurrency: int = 32
+    """The most requests in flight."""
+    rpm: float | None = None
+    """Requests a minute. Default: what the endpoint's headers say."""
+    tpm: float | None = None
+    """Tokens a minute, likewise."""
+    timeout_s: float = 600.0
+    """How long one answer may take."""
+    max_failures: int = 10
+    """Failures in a row, requests in flight together counted once, that end the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "rpm", "tpm", "timeout_s", "max_failures"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e9:
+                raise ValueError(f"{name} must be positive, not {value}")
+
+
+class Engine:
+    """Asks an endpoint; used as `async with`.
+
+    Args:
+        endpoint: where to.
+        journal: open for appending; answers in it are not asked for again.
+        ledger: with what the journal was charged already.
+        prices: of the model, to reserve and settle by.
+        limits: how hard to drive the endpoint.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        journal: Journal,
+        ledger: Ledger,
+        prices: Prices,
+        limits: Limits,
+    ) -> None:
+        self.endpoint, self.journal, self.ledger = endpoint, journal, ledger
+        self.prices, self.limits = prices, limits
+        self.gate = Gate(limits.concurrency, limits.rpm, limits.tpm)
+        self.failures = 0
+        self.answered = False
+        self.asking: dict[str, asyncio.Event] = {}
+        self.halted: Exception | None = None
+        self.overbilled: Exception | None = None
+        self.refused = 0
+
+    async def __aenter__(self) -> "Engine":
+        import aiohttp
+
+        headers = {"Content-Type": "application/json"}
+        if self.endpoint.key:
+            headers["Authorization"] = f"Bearer {self.endpoint.key}"
+        self.turn, self.changed, self.halting = asyncio.Lock(), asyncio.Event(), asyncio.Event()
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self.limits.timeout_s),
+            headers=headers,
+            trust_env=not self.endpoint.local,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.session.close()
+
+    def halt(self, reason: Exception) -> None:
+        """Send nothing more; whoever waits for its turn gets the reason. The first one stays."""
+        self.halted = self.halted or reason
+        self.halting.set()
+        self.changed.set()
+
+    async def ask(self, request: Request, model: str) -> Answer:
+        """Return the answer to a request: from the journal, from one in flight, or a bought one.
+
+        Raises:
+            BudgetReached: it does not fit into the budget.
+            ValueError: the endpoint refuses, or fails again and again; the text says how.
+            OSError: the journal cannot be written.
+            Closing: the engine was halted because nothing more is wanted.
+        """
+        answers = self.journal.totals.answers
+        while (answer := answers.get(request.key)) is None:
+            if other := self.asking.get(request.key):
+                await other.wait()
+                self._check()
+                continue
+            self.asking[request.key] = asked = asyncio.Event()
+            try:
+                return await self._buy(request, model)
+            except OSError as error:
+                self.halt(error)
+                raise
+            finally:
+                del self.asking[request.key]
+                asked.set()
+        return answer
+
+    async def _buy(self, request: Request, model: str) -> Answer:
+        worst = self.prices.worst(len(request.body), request.cap_tokens)
+        tokens = len(request.body) // 4 + request.cap_tokens
+        tries = 0
+        while True:
+            await self._enter(worst, tokens)
+            response, sent_s = None, time.monotonic()
+            try:
+                response = await self._send(request, worst)
+            finally:
+                self.gate.in_flight -= 1
+                self.changed.set()
+            answer, headers = response
+            if answer is not None:
+                used = sum(answer.usage) if answer.usage else tokens
+                self.gate.tokens.take(sent_s, used - tokens)
+                if answer.complete:
+                    self._succeeded(headers)
+                    return answer
+                if reason := endpoints.fatal(self.endpoint, model, answer):
+                    self.refused = answer.status
+                    self.halt(ValueError(reason))
+            tries += answer is None or answer.status != 429
+            await self._failed(answer, headers, sent_s, tries)
+
+    async def _enter(self, worst: int, tokens: int) -> None:
+        """Wait for this request's turn, then take its place in the gate and in the ledger."""
+        async with self.turn:
+            while True:
+                self._check()
+                now_s = time.monotonic()
+                wait_s = self.gate.wait_s(now_s)
+                if wait_s == 0 and self.ledger.fits(worst):
+                    break
+                if wait_s == 0 and not self.ledger.reserved:
+                    self.halt(BudgetReached(self._budget_text(worst)))
+                    continue
+                self.changed.clear()
+                await _within(self.changed.wait(), wait_s or None)
+            self.gate.enter(now_s, tokens)
+            self.ledger.reserve(worst)
+
+    async def _send(self, request: Request, worst: int) -> tuple[Answer | None, Mapping[str, str]]:
+        """Send once; journal and settle whatever comes of it."""
+        import aiohttp
+
+        journal, key = self.journal, request.key
+        charge = worst
+        try:
+            attempt = journal.intent(key, worst)
+            sent_s = time.monotonic()
+            try:
+                async with self.session.post(
+                    self.endpoint.url, data=request.body, allow_redirects=False
+                ) as response:
+                    raw, headers = await response.read(), response.headers
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                charge = 0 if isinstance(error, aiohttp.ClientConnectorError) else worst
+                text = str(error) or type(error).__name__
+                took_s = time.monotonic() - sent_s
+                journal.failure(attempt, key, error=text, charged=charge, seconds=took_s)
+                self._unreachable(error, text)
+                return None, {"error": text}
+            raw = self.endpoint.without_key(raw)
+            answer = endpoints.read_response(key, response.status, raw)
+            charge = self._charge(answer, worst)
+            took_s = time.monotonic() - sent_s
+            journal.answer(attempt, answer, charged=charge, seconds=took_s)
+            return answer, headers
+        finally:
+            self.ledger.settle(worst, charge)
+
+    def _charge(self, answer: Answer, worst: int) -> int:
+        if answer.status != 200:
+            return 0
+        if answer.usage is None:
+            return worst
+        cost = self.prices.cost(answer.usage)
+        if cost > worst:
+            self.overbilled = ValueError(
+                f"the endpoint billed {answer.usage.prompt_tokens} + "
+                f"{answer.usage.completion_tokens} tokens, {shown(cost)}, for a request whose "
+                f"worst case was {shown(worst)}: it does not keep to the output cap, so no "
+                "budget can be kept; correct `cap` in the model's entry (--models)"
+            )
+            self.halt(self.overbilled)
+        return cost
+
+    def _succeeded(self, headers: Mapping[str, str]) -> None:
+        self.failures, self.answered = 0, True
+        self.gate.faster()
+        self.gate.heed(headers)
+
+    async def _failed(
+        self, answer: Answer | None, headers: Mapping[str, str], sent_s: float, tries: int
+    ) -> None:
+        """Slow down, count, and wait before the next attempt."""
+        said = headers.get("error", "") if answer is None else _told(answer)
+        if self.gate.slower(sent_s):
+            self.failures += 1
+        if self.failures >= self.limits.max_failures:
+            self.halt(
+                ValueError(
+                    f"{self.failures} failures in a row, the last: {said}; nothing received is "
+                    "lost, the same command goes on"
+                )
+            )
+        if tries >= MAX_TRIES:
+            self.halt(ValueError(f"one request failed {tries} times, the last: {said}"))
+        self._check()
+        told_s = None if answer is None else retry_after_s(headers)
+        if told_s is not None:
+            self.gate.pause(told_s)
+            return
+        most_s = min(BACKOFF_MOST_S, BACKOFF_S * 2 ** max(tries - 1, self.failures - 1, 0))
+        await _within(self.halting.wait(), most_s * random.uniform(0.5, 1.0))
+        self._check()
+
+    def _unreachable(self, error: Exception, text: str) -> None:
+        import aiohttp
+
+        if isinstance(error, aiohttp.ClientConnectorError) and not self.answered:
+            self.halt(ValueError(f"cannot reach {self.endpoint.base_url}: {text}"))
+
+    def _check(self) -> None:
+        if self.halted:
+            raise self.halted
+
+    def _budget_text(self, worst: int) -> str:
+        cap = self.ledger.cap or 0
+        return (
+            f"the budget of {shown(cap)} leaves no room for the next request: "
+            f"{shown(self.ledger.charged)} charged, {shown(worst)} needed at worst"
+        )
+
+
+def _told(answer: Answer) -> str:
+    if answer.status == 200:
+        return "an answer that is no chat completion"
+    return f"HTTP {answer.status}: {endpoints.says(answer)}"
+
+
+async def _within(event: Awaitable[object], seconds: float | None) -> None:
+    """Wait for an event, but no longer than some seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event
+    except TimeoutError:
+        return

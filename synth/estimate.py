@@ -1,0 +1,79 @@
+"""What a run will cost, before it starts and while it runs.
+
+Before: a request reads its prompt at 4 bytes a token, the model writes 17 tasks as long as the
+seeds are on average, and 85 % of them are kept. With 20 answers there, what they were billed and
+what was kept of them takes the place of these assumptions.
+"""
+
+import json
+import math
+from typing import NamedTuple
+
+from bioinstruct.synth import money
+from bioinstruct.synth.money import Usage
+from bioinstruct.synth.plan import Plan
+from bioinstruct.synth.prompting import NEW
+
+YIELD = 0.85
+BYTES_PER_TOKEN = 4
+ENOUGH = 20  # answers from which the assumptions give way
+DEFAULT_CAP = 2  # times the estimate
+
+
+class Estimate(NamedTuple):
+    """A whole run's requests, tokens and cost in picodollars."""
+
+    requests: int
+    usage: Usage
+    cost: int
+
+
+def from_settings(plan: Plan) -> Estimate:
+    """Estimate a run from its configuration alone."""
+    records = [seed.record for seed in plan.seeds]
+    texts = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in records]
+    mean_bytes = sum(len(json.dumps(t, ensure_ascii=False).encode()) for t in texts) / len(texts)
+    written = min(round(NEW * mean_bytes / BYTES_PER_TOKEN), plan.settings.max_tokens)
+    read = round(len(plan.first.request.body) / BYTES_PER_TOKEN)
+    requests = math.ceil(plan.settings.n / (NEW * YIELD))
+    usage = Usage(read * requests, written * requests)
+    return Estimate(requests, usage, plan.prices.cost(usage))
+
+
+def from_answers(*, n: int, accepted: int, requests: int, spent: int) -> int | None:
+    """Estimate the final bill from what came; None before there is enough of it.
+
+    Args:
+        n: records wanted.
+        accepted: records kept so far.
+        requests: answers they came from.
+        spent: picodollars those answers cost.
+    """
+    if requests < ENOUGH or not accepted:
+        return None
+    return round(spent / requests * math.ceil(n / (accepted / requests)))
+
+
+def cap(plan: Plan) -> int | None:
+    """Return the budget in picodollars: the one given, or else twice the estimate.
+
+    Without one given, the cap never lies below the worst case of the first request: a run of a few
+    records could not begin otherwise.
+    """
+    budget = plan.settings.budget
+    if budget is None:
+        request = plan.first.request
+        worst = plan.prices.worst(len(request.body), request.cap_tokens)
+        return max(DEFAULT_CAP * from_settings(plan).cost, worst)
+    return None if math.isinf(budget) else money.from_usd(budget)
+
+
+def text(plan: Plan) -> str:
+    """Return the estimate and the cap for a user."""
+    made, limit = from_settings(plan), cap(plan)
+    return (
+        f"{plan.settings.n} records: about {made.requests} requests, "
+        f"{made.usage.prompt_tokens:,} tokens read and {made.usage.completion_tokens:,} written, "
+        f"{money.shown(made.cost)} (yield {YIELD:.2f} assumed); "
+        f"cap {'none' if limit is None else money.shown(limit)}"
+    )

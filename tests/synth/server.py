@@ -1,0 +1,289 @@
+"""A local server that speaks OpenAI's chat completions, bills what it does, and fails on demand.
+
+An answer is a function of the request's body, so that two runs which ask the same get the same.
+Tokens are bytes / 4. What was worked on is billed even if its answer never arrives whole, as a
+provider would; refusals and server errors are not. It runs in a thread of a test, or by itself:
+
+    python tests/synth/server.py --port 8000 --words 30
+"""
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+VERBS = ("Summarise", "Extract", "Classify", "Explain", "List", "Compare", "Assess", "Draft")
+PARTS = "ar bel cor dan el fi gor hal in jo kel lum mor nex or pil quo ras sel tum ul vex wi zor"
+FAULTS = ("429", "429-bare", "500", "slow", "cut", "malformed", "no-usage")
+GRACE_S = 0.05
+
+
+@dataclass
+class Behaviour:
+    """What the server does; may be changed while it runs."""
+
+    faults: dict[str, float] = field(default_factory=dict)
+    """Probability of each fault."""
+    latency_s: float = 0.0
+    slow_s: float = 5.0
+    retry_after: str = "0.05"
+    words: int = 12
+    """Words of a task's input, and of its output."""
+    tasks: int = 17
+    junk: float = 0.15
+    """Share of the tasks that the paper's rules drop."""
+    form: str = "schema"
+    content: str | None = None
+    """Said instead of tasks."""
+    finish: str | None = None
+    usage_extra: int = 0
+    """Tokens billed beyond the truth."""
+    honour_cap: bool = True
+    rpm: int | None = None
+    """Requests in any minute; more get a 429 with Retry-After."""
+    error: tuple[int, dict[str, Any]] | None = None
+    """A status and an error object for every request."""
+    key: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Seen(NamedTuple):
+    """One request as the server saw it."""
+
+    time_s: float
+    body_hash: str
+    status: int
+    fault: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Server:
+    """The server and its books."""
+
+    def __init__(self, behaviour: Behaviour | None = None) -> None:
+        self.behaviour = behaviour or Behaviour()
+        self.seen: list[Seen] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.window: deque[float] = deque()
+        self.chance = random.Random(0)
+        self.in_flight = self.most_in_flight = 0
+        self.told: list[tuple[float, float]] = []
+        self.early = 0
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def bill(self, price_in: float, price_out: float) -> float:
+        """USD for everything that was worked on, at prices per million tokens."""
+        return (
+            sum(s.prompt_tokens * price_in + s.completion_tokens * price_out for s in self.seen)
+            / 1e6
+        )
+
+    def bought(self) -> Counter[str]:
+        """How often the work for each body was billed."""
+        return Counter(s.body_hash for s in self.seen if s.completion_tokens)
+
+    async def start(self, port: int = 0) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=2**22)
+        self.port = server.sockets[0].getsockname()[1]
+        return server
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = head.decode("latin-1").split("\r\n")
+                pairs = (line.partition(":") for line in lines[1:] if line)
+                headers = {name.lower(): value.strip() for name, _, value in pairs}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                self.in_flight += 1
+                self.most_in_flight = max(self.most_in_flight, self.in_flight)
+                try:
+                    await self._respond(writer, lines[0], headers, body)
+                finally:
+                    self.in_flight -= 1
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client went away
+        finally:
+            writer.close()
+
+    async def _respond(
+        self, writer: asyncio.StreamWriter, line: str, headers: dict[str, str], raw: bytes
+    ) -> None:
+        doing, now_s = self.behaviour, time.monotonic()
+        # what was sent before the client could know is not early
+        self.early += any(told_s + GRACE_S < now_s < until_s for told_s, until_s in self.told)
+        body = json.loads(raw)
+        self.bodies.append(body)
+        mark = hashlib.sha256(raw).hexdigest()
+        fault = self._fault()
+        status, value, more = self._refusal(line, headers, fault, now_s)
+        tokens = (0, 0)
+        if status == 200:
+            value = self._completion(body, mark, len(raw))
+            usage = value["usage"]
+            tokens = (usage["prompt_tokens"], usage["completion_tokens"])
+            if fault == "no-usage":
+                del value["usage"]
+        self.seen.append(Seen(now_s, mark, status, fault, *tokens))
+        await asyncio.sleep(doing.slow_s if fault == "slow" else doing.latency_s)
+        sent = b'{"choices": [{"mess' if fault == "malformed" else json.dumps(value).encode()
+        head = {"content-type": "application/json", "content-length": str(len(sent)), **more}
+        text = "".join(f"{name}: {text}\r\n" for name, text in (head | doing.headers).items())
+        whole = f"HTTP/1.1 {status} X\r\n{text}\r\n".encode() + sent
+        if fault == "cut":
+            writer.write(whole[: len(whole) // 2])
+            await writer.drain()
+            raise ConnectionError
+        writer.write(whole)
+        await writer.drain()
+
+    def _fault(self) -> str:
+        at = self.chance.random()
+        for fault, probability in self.behaviour.faults.items():
+            assert fault in FAULTS
+            if (at := at - probability) < 0:
+                return fault
+        return ""
+
+    def _refusal(
+        self, line: str, headers: dict[str, str], fault: str, now_s: float
+    ) -> tuple[int, dict[str, Any], dict[str, str]]:
+        doing = self.behaviour
+        if not line.startswith("POST /v1/chat/completions "):
+            return 404, {"error": {"message": f"no such page: {line}"}}, {}
+        if doing.key and headers.get("authorization") != f"Bearer {doing.key}":
+            said = f"Incorrect API key provided: {headers.get('authorization')}"
+            return 401, {"error": {"message": said, "code": "invalid_api_key"}}, {}
+        if doing.error:
+            return doing.error[0], {"error": doing.error[1]}, {}
+        limited = {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}
+        if doing.rpm:
+            while self.window and now_s - self.window[0] >= 60:
+                self.window.popleft()
+            if len(self.window) >= doing.rpm:
+                return 429, limited, {"retry-after": f"{60 - (now_s - self.window[0]):.3f}"}
+            self.window.append(now_s)
+        if fault == "429":
+            told_s = float(doing.retry_after) + doing.latency_s
+            self.told.append((now_s, now_s + told_s))
+            return 429, limited, {"retry-after": doing.retry_after}
+        if fault == "429-bare":
+            return 429, limited, {}
+        if fault == "500":
+            return 500, {"error": {"message": "the server had an error"}}, {}
+        return 200, {}, {}
+
+    def _completion(self, body: dict[str, Any], mark: str, size: int) -> dict[str, Any]:
+        doing = self.behaviour
+        content = doing.content or self._tasks(mark)
+        most = 4 * (body.get("max_tokens") or body.get("max_completion_tokens"))
+        cut = doing.honour_cap and len(content) > most
+        content = content[:most] if cut else content
+        usage = {
+            "prompt_tokens": size // 4,
+            "completion_tokens": -(-len(content) // 4) + doing.usage_extra,
+        }
+        finish = doing.finish or ("length" if cut else "stop")
+        message = {"role": "assistant", "content": content}
+        return {
+            "id": f"chatcmpl-{mark[:12]}",
+            "object": "chat.completion",
+            "created": 1700000000,
+            "model": body["model"],
+            "system_fingerprint": "fp_local",
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "usage": usage | {"total_tokens": sum(usage.values())},
+        }
+
+    def _tasks(self, mark: str) -> str:
+        chance = random.Random(mark)
+        made = [self._task(chance) for _ in range(self.behaviour.tasks)]
+        if self.behaviour.form == "schema":
+            return json.dumps({"tasks": made})
+        return "\n\n".join(
+            f"{k}. Instruction: {t['instruction']}\n{k}. Input: {t['input']}\n"
+            f"{k}. Output: {t['output']}"
+            for k, t in enumerate(made, 4)
+        )
+
+    def _task(self, chance: random.Random) -> dict[str, str]:
+        verb, count = chance.choice(VERBS), self.behaviour.words
+        instruction = f"{verb} the {_words(chance, chance.randint(6, 14))}."
+        if chance.random() < self.behaviour.junk:
+            instruction = chance.choice(
+                ("Summarise this.", f"Draw a {_words(chance, 5)}.", "Explain the finding to them.")
+            )
+        length = chance.randint(count // 2, count + count // 2)
+        return {
+            "instruction": instruction,
+            "input": _words(chance, length),
+            "output": _words(chance, length),
+        }
+
+
+def _words(chance: random.Random, count: int) -> str:
+    parts = PARTS.split()
+    return " ".join("".join(chance.choices(parts, k=3)) for _ in range(count))
+
+
+@contextlib.contextmanager
+def running(behaviour: Behaviour | None = None) -> Iterator[Server]:
+    """Serve from a thread until the block ends."""
+    server, ready, loop = Server(behaviour), threading.Event(), asyncio.new_event_loop()
+    listening: list[asyncio.Server] = []
+
+    async def start() -> None:
+        listening.append(await server.start())
+        ready.set()
+
+    def serve() -> None:
+        asyncio.set_event_loop(loop)
+        loop.create_task(start())
+        loop.run_forever()
+        listening[0].close()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+async def _forever(port: int, behaviour: Behaviour) -> None:
+    server = Server(behaviour)
+    listening = await server.start(port)
+    print(server.url, flush=True)
+    await listening.serve_forever()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--words", type=int, default=12)
+    parser.add_argument("--latency-s", type=float, default=0.0)
+    parser.add_argument("--form", default="schema")
+    given = parser.parse_args()
+    doing = Behaviour(words=given.words, latency_s=given.latency_s, form=given.form)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_forever(given.port, doing))
