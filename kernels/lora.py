@@ -12,6 +12,8 @@ Shapes   T = packed tokens, K = input features, N = output features of the group
          branches' ranks.
 Numerics W, x, y in the compute dtype; A and B are float32 masters, cast when they are used; library
          GEMMs accumulate in float32. dA and dB are returned in the masters' dtype.
+         On a GPU the products of a rank's width are the passes of skinny.py, which add dA and dB
+         into the masters' gradients themselves.
 Saved    x_TK, t_TR; W, A and B are only referred to.
 Bound    FLOPs: 2*T*N*K each way for W, about R/N + R/K of that for the branches each way, half as
          much again in the backward pass for dA and dB.
@@ -23,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bioinstruct.kernels import skinny
+from bioinstruct.kernels.dispatch import uses_triton
 from bioinstruct.kernels.dropout import Dropout
 
 
@@ -128,6 +132,99 @@ class _LoraLinear(torch.autograd.Function):
         return dx_TK, None, None, *gradients
 
 
+class _FusedLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: _Group, *masters: Tensor) -> Tensor:
+        x_TK = _with_dense_rows(x_TK)
+        y_TN = torch.mm(x_TK, w_NK.T)
+        t_TR = _down(x_TK, _stacked_a(masters, x_TK.dtype), group)
+        for columns, ranks, _, b_NR in _parts(group, masters):
+            y_TN[:, columns].addmm_(t_TR[:, ranks], b_NR.to(x_TK.dtype).T)
+        ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
+        ctx.group = group
+        return y_TN
+
+    @staticmethod
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, w_NK, t_TR, *masters = ctx.saved_tensors
+        group: _Group = ctx.group
+        dy_TN, ds_TR = _with_dense_rows(dy_TN), torch.empty_like(t_TR)
+        gradients: list[Tensor | None] = [None] * len(masters)
+        for i, (columns, ranks, _, b_NR) in enumerate(_parts(group, masters)):
+            dy_part, t, ds = dy_TN[:, columns], t_TR[:, ranks], ds_TR[:, ranks]
+            gradients[2 * i + 1] = _up_backward(dy_part, b_NR, t, ds, group.scale)
+        gradients[::2] = _down_backward(x_TK, ds_TR, group, masters)
+        dx_TK = None
+        if ctx.needs_input_grad[0]:
+            dx_TK = _input_gradient(dy_TN, w_NK, ds_TR, _stacked_a(masters, dy_TN.dtype), group)
+        return dx_TK, None, None, *gradients
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _chunks(R: int) -> list[slice]:
+    """Slices of at most MAX_RANK."""
+    return [slice(i, min(i + skinny.MAX_RANK, R)) for i in range(0, R, skinny.MAX_RANK)]
+
+
+def _down(x_TK: Tensor, a_RK: Tensor, group: _Group) -> Tensor:
+    """t = s (m*x) A^T of the whole group."""
+    if len(a_RK) > skinny.MAX_RANK and group.dropout is None:
+        return torch.mm(x_TK, a_RK.T).mul_(group.scale)
+    t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
+    for ranks in _chunks(len(a_RK)):
+        part = x_TK, a_RK[ranks], t_TR[:, ranks]
+        skinny.shrink(*part, group.scale, group.dropout, group.site)
+    return t_TR
+
+
+def _up_backward(
+    dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: float
+) -> Tensor | None:
+    """Write ds = s dy B of one branch, and return dB unless it was added to B's gradient."""
+    if b_NR.shape[1] <= skinny.MAX_RANK:
+        return skinny.add_gradient(b_NR, skinny.shrink_dy(dy_TN, b_NR, t_TR, ds_TR, scale))
+    ds_TR.copy_(torch.mm(dy_TN, b_NR.to(dy_TN.dtype)).mul_(scale))
+    return torch.mm(dy_TN.T, t_TR).to(b_NR.dtype)
+
+
+def _down_backward(
+    x_TK: Tensor, ds_TR: Tensor, group: _Group, masters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """dA of every branch, or None where it was added to A's gradient."""
+    parts = _parts(group, masters)
+    if ds_TR.shape[1] > skinny.MAX_RANK and group.dropout is None:
+        da_RK = torch.mm(ds_TR.T, x_TK)
+        return [da_RK[ranks].to(a_RK.dtype) for _, ranks, a_RK, _ in parts]
+    sums_PRK = torch.cat(
+        [
+            skinny.gradient_of_a(ds_TR[:, ranks], x_TK, group.dropout, group.site)
+            for ranks in _chunks(ds_TR.shape[1])
+        ],
+        dim=1,
+    )
+    return [
+        skinny.add_gradient(a_RK, sums_PRK[:, ranks], skinny.keep_scale(group.dropout))
+        for _, ranks, a_RK, _ in parts
+    ]
+
+
+def _input_gradient(
+    dy_TN: Tensor, w_NK: Tensor, ds_TR: Tensor, a_RK: Tensor, group: _Group
+) -> Tensor:
+    """dx = dy W + m*(ds A)."""
+    if group.dropout is None:
+        return torch.mm(dy_TN, w_NK).addmm_(ds_TR, a_RK)
+    if len(a_RK) <= skinny.MAX_RANK:
+        g_TK = skinny.masked_expand(ds_TR, a_RK, group.dropout, group.site)
+    else:
+        mask_TK = group.dropout.mask(group.site, a_RK.shape[1], dy_TN.dtype)
+        g_TK = torch.mm(ds_TR, a_RK).mul_(mask_TK)
+    return g_TK.addmm_(dy_TN, w_NK)
+
+
 def lora_linear(
     x_TK: Tensor,
     w_NK: Tensor,
@@ -162,7 +259,8 @@ def lora_linear(
     _check(branches, *w_NK.shape)
     group = _Group(scale, dropout, site, tuple(b.start for b in branches))
     masters = [m for branch in branches for m in (branch.a_RK, branch.b_NR)]
-    y_TN: Tensor = _LoraLinear.apply(x_TK, w_NK, group, *masters)
+    function = _FusedLoraLinear if uses_triton(x_TK, w_NK, *masters) else _LoraLinear
+    y_TN: Tensor = function.apply(x_TK, w_NK, group, *masters)
     return y_TN
 
 
