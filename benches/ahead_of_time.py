@@ -8,9 +8,12 @@ the same constants. One JSON line a kernel and architecture: registers a thread,
 local memory (what spills, in bytes), static and dynamic shared memory. A kernel that spills, or
 wants more shared memory than the chip has, ends the command with exit code 1, after all lines.
 
-Triton must compile, not interpret: TRITON_INTERPRET is taken out of the environment here.
+`--record tests/data/ahead_of_time.json` makes the figures the baseline that a test holds later
+compilers and kernels to, for the version of Triton that ran; tests/kernels/with_triton.sh runs this
+with another one.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -19,7 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":
+    # decides at import whether kernels are compiled or interpreted
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import click  # noqa: E402
 import torch  # noqa: E402
@@ -40,6 +45,7 @@ from bioinstruct.kernels import (  # noqa: E402
 from bioinstruct.kernels.adamw import adamw_, global_norm  # noqa: E402
 from bioinstruct.kernels.dispatch import HAS_TRITON, Launch, recorded  # noqa: E402
 from bioinstruct.synth import console  # noqa: E402
+from bioinstruct.synth.files import write_text  # noqa: E402
 
 SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared memory of one block at most, by architecture."""
@@ -49,7 +55,7 @@ TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
-RANKS = 8, 16, 64
+RANKS = 8, 16, 32, 64
 TOKENS = 96
 
 
@@ -207,8 +213,25 @@ def faults_of(row: dict[str, Any]) -> Iterator[str]:
         yield f"{where} wants {row['shared_bytes']} bytes of shared memory, the chip has {limit}"
 
 
-def run(archs: Sequence[int], match: str, out: Path | None) -> None:
-    """Compile, print the rows, and refuse what is unfit.
+def record(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Put registers and shared memory of rows of one Triton version into a baseline file."""
+    baseline = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    table: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        figures = [row["registers"], row["shared_bytes"]]
+        table.setdefault(row["kernel"], {})[str(row["arch"])] = figures
+    baseline[rows[0]["triton"]] = table
+    lines = [
+        f"  {json.dumps(version)}: {{\n"
+        + ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+        + "\n  }"
+        for version, kernels in sorted(baseline.items())
+    ]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def run(archs: Sequence[int], match: str, out: Path | None) -> list[dict[str, Any]]:
+    """Compile, print the rows and return them; refuse what is unfit.
 
     Raises:
         ValueError: Triton is missing, nothing matches, or a kernel is unfit.
@@ -220,14 +243,17 @@ def run(archs: Sequence[int], match: str, out: Path | None) -> None:
     calls = [call for call in launches() if match in name_of(call)]
     if not calls:
         raise ValueError(f"no kernel's name holds --match {match!r}")
+    rows: list[dict[str, Any]] = []
     faults: list[str] = []
     for arch in archs or SHARED_BYTES:
         for call in calls:
             row = {"triton": triton.__version__, **compile_launch(call, arch)}
             report(row, out)
+            rows.append(row)
             faults += faults_of(row)
     if faults:
         raise ValueError(f"{len(faults)} kernels are unfit: {'; '.join(faults)}")
+    return rows
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -240,9 +266,14 @@ def run(archs: Sequence[int], match: str, out: Path | None) -> None:
 )
 @click.option("--match", default="", help="Only kernels whose name holds this.")
 @click.option("--out", type=click.Path(path_type=Path), help="File to append the lines to.")
-def command(archs: tuple[str, ...], match: str, out: Path | None) -> None:
+@click.option("--record", "baseline", type=click.Path(path_type=Path), help="Baseline to update.")
+def command(archs: tuple[str, ...], match: str, out: Path | None, baseline: Path | None) -> None:
     """Compile every kernel for GPUs that need not be here; one JSON line each."""
-    run([int(arch) for arch in archs], match, out)
+    if baseline is not None and (archs or match):
+        raise click.UsageError("--record takes all kernels: leave --arch and --match out")
+    rows = run([int(arch) for arch in archs], match, out)
+    if baseline is not None:
+        record(rows, baseline)
 
 
 if __name__ == "__main__":

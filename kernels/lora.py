@@ -198,13 +198,11 @@ def _down_backward(
     if ds_TR.shape[1] > skinny.MAX_RANK and group.dropout is None:
         da_RK = torch.mm(ds_TR.T, x_TK)
         return [da_RK[ranks].to(a_RK.dtype) for _, ranks, a_RK, _ in parts]
-    sums_PRK = torch.cat(
-        [
-            skinny.gradient_of_a(ds_TR[:, ranks], x_TK, group.dropout, group.site)
-            for ranks in _chunks(ds_TR.shape[1])
-        ],
-        dim=1,
-    )
+    sums = [
+        skinny.gradient_of_a(ds_TR[:, ranks], x_TK, group.dropout, group.site)
+        for ranks in _chunks(ds_TR.shape[1])
+    ]
+    sums_PRK = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
     return [
         skinny.add_gradient(a_RK, sums_PRK[:, ranks], skinny.keep_scale(group.dropout))
         for _, ranks, a_RK, _ in parts

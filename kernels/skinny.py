@@ -178,12 +178,16 @@ def _mask_arguments(dropout: Dropout | None, site: int, some: Tensor) -> list[An
     return [dropout.positions_T, dropout.draws_T, dropout.seed, site, dropout.dropped]
 
 
-def _rank_block(R: int) -> int:
-    """A product's reduction is at least 16 wide on a GPU."""
-    return max(16, next_power_of_2(R))
+def _rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
+    """The rank's tile, at least the 16 a product takes on a GPU, and its warps.
+
+    Four warps below doubled_from and eight from there on is what spills on no architecture.
+    """
+    block = max(16, next_power_of_2(R))
+    return {"BLOCK_R": block, "num_warps": 4 if block < doubled_from else 8}
 
 
-def _split(T: int, blocks: int, block_t: int) -> tuple[int, int]:
+def row_split(T: int, blocks: int, block_t: int) -> tuple[int, int]:
     """(splits, rows of each) of T rows, so that splits times blocks is about PROGRAMS."""
     wanted = max(1, min(cdiv(PROGRAMS, blocks), cdiv(T, block_t)))
     rows = cdiv(cdiv(max(T, 1), wanted), block_t) * block_t
@@ -221,7 +225,7 @@ def shrink(
         _shrink, (cdiv(T, 64),), x_TK, a_RK, t_TR, positions, draws,
         T, K, len(a_RK), x_TK.stride(0), t_TR.stride(0), scale * keep_scale(dropout), *numbers,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=64, BLOCK_K=64,
-        BLOCK_R=_rank_block(len(a_RK)), num_warps=4, num_stages=3,
+        **_rank_block(len(a_RK), 32), num_stages=3,
     )  # fmt: skip
 
 
@@ -239,15 +243,15 @@ def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: f
         (P, N, R) float32, whose sum over P is dB.
     """
     (T, N), R = dy_TN.shape, b_NR.shape[1]
-    block_t, block_n, block_r = 32, 128, _rank_block(R)
+    block_t, block_n = 32, 128
     columns = cdiv(N, block_n)
-    splits, rows = _split(T, columns, block_t)
+    splits, rows = row_split(T, columns, block_t)
     ds_parts = dy_TN.new_empty(columns, T, R, dtype=torch.float32)
     db_parts = dy_TN.new_empty(splits, N, R, dtype=torch.float32)
     launch(
         _shrink_dy, (columns, splits), dy_TN, b_NR, t_TR, ds_parts, db_parts,
         T, N, R, dy_TN.stride(0), t_TR.stride(0), rows, UP=INTERPRETED,
-        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4, num_stages=3,
+        BLOCK_T=block_t, BLOCK_N=block_n, **_rank_block(R), num_stages=3,
     )  # fmt: skip
     _sum_into(ds_TR, ds_parts, scale, add=False)
     return db_parts
@@ -266,14 +270,14 @@ def gradient_of_a(
     """
     (T, K), R = x_TK.shape, ds_TR.shape[1]
     block_t, block_k = 32, 128
-    splits, rows = _split(T, cdiv(K, block_k), block_t)
+    splits, rows = row_split(T, cdiv(K, block_k), block_t)
     parts = x_TK.new_empty(splits, R, K, dtype=torch.float32)
     positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
     launch(
         _gradient_of_a, (cdiv(K, block_k), splits), ds_TR, x_TK, parts, positions, draws,
         T, K, R, ds_TR.stride(0), x_TK.stride(0), rows, *numbers,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_K=block_k,
-        BLOCK_R=_rank_block(R), num_warps=4, num_stages=3,
+        **_rank_block(R), num_stages=3,
     )  # fmt: skip
     return parts
 
@@ -293,7 +297,7 @@ def masked_expand(ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int) -> T
     launch(
         _masked_expand, (cdiv(T, 32), cdiv(K, 128)), ds_TR, a_RK, g_TK, positions, draws,
         T, K, R, ds_TR.stride(0), keep_scale(dropout), *numbers, UP=INTERPRETED,
-        BLOCK_T=32, BLOCK_K=128, BLOCK_R=_rank_block(R), num_warps=4,
+        BLOCK_T=32, BLOCK_K=128, **_rank_block(R),
     )  # fmt: skip
     return g_TK
 

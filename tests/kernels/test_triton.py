@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.benches.budget import Op, check, normal
+from bioinstruct.benches.workload import SHAPES, make_batches, make_model, random_documents
 from bioinstruct.kernels import (
     Branch,
     Dropout,
@@ -35,6 +36,8 @@ from bioinstruct.kernels.lora import lora_linear_reference
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
 from bioinstruct.kernels.rope import rope_reference
 from bioinstruct.kernels.swiglu import swiglu_reference
+from bioinstruct.model.adapters import Adapters, LoraSettings
+from bioinstruct.train.step import Optimizer, train_step
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes for Linux only)")
 
@@ -449,3 +452,31 @@ def test_a_failed_block_leaves_the_choice_as_it_was() -> None:
     with pytest.raises(KeyError), dispatch.forced("reference"):
         raise KeyError
     assert dispatch._State.choice == "triton"
+
+
+# ---- the whole step ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_training_step_is_the_references(p: float) -> None:
+    """The model's own wiring: all ops and the optimizer, over two packs."""
+    found = []
+    for choice in ("reference", "triton"):
+        settings = LoraSettings(r=4, alpha=8.0, dropout=p)
+        config = SHAPES["tiny"]
+        model, adapters = (
+            make_model(config, DEVICE, torch.float32),
+            Adapters(config, settings, DEVICE),
+        )
+        adapters.flat_P.detach().normal_(0, 0.05, generator=torch.Generator(DEVICE).manual_seed(1))
+        tokens = random_documents(config, (9, 5, 12))
+        batches = make_batches(tokens, 14, DEVICE)
+        optimizer = Optimizer(adapters)
+        with dispatch.forced(choice):
+            result = train_step(model, optimizer, batches, int(tokens.supervised.sum()), 1e-3, 5)
+        found.append((result, optimizer.m_P, optimizer.v_P))
+    (one, m, v), (two, m2, v2) = found
+    assert two == pytest.approx(one, rel=1e-5)
+    assert m.abs().max() > 0
+    torch.testing.assert_close(m2, m, rtol=1e-3, atol=1e-5 * float(m.abs().max()))
+    torch.testing.assert_close(v2, v, rtol=1e-3, atol=1e-5 * float(v.abs().max()))
