@@ -4,11 +4,12 @@
     python benches/lora_kernel.py --device cpu --tiny
 
 Variants, each forward and backward:
-    ours     lora_linear with its kernels (on a CPU its torch operations)
-    frozen   the floor: y = x W^T and dx = dy W by the library
-    eager    PEFT's formula under plain autograd, adapters in the activations' dtype
-    eager32  the same with float32 adapters, x cast to float32 for them: PEFT's default
-    manual   one autograd function that adds the branches in place by library products
+    ours       lora_linear with its kernels (on a CPU its torch operations)
+    augmented  augmented_linear on an x and a dy with room: one product each way
+    frozen     the floor: y = x W^T and dx = dy W by the library
+    eager      PEFT's formula under plain autograd, adapters in the activations' dtype
+    eager32    the same with float32 adapters, x cast to float32 for them: PEFT's default
+    manual     one autograd function that adds the branches in place by library products
 
 Ours moves, beyond the frozen products: x read for t and for dA, dy read for ds and dB, y and dx
 read and written where the branch is added, the rank's own tensors and the float32 parts of split
@@ -23,6 +24,7 @@ from torch import Tensor
 from bioinstruct.benches.budget import check, normal
 from bioinstruct.benches.kernel_bench import Bench, Call, Shape, Work, main
 from bioinstruct.kernels import Branch, Dropout, dispatch, lora_linear
+from bioinstruct.kernels.augmented import Augmented, augmented_linear, with_room
 from bioinstruct.kernels.lora import lora_linear_reference
 from bioinstruct.kernels.skinny import row_split
 
@@ -138,12 +140,21 @@ def check_linear(shape: Shape, dtype: torch.dtype, device: torch.device) -> floa
 
 
 def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
-    """The five of the module's docstring."""
+    """The six of the module's docstring."""
     given = _Inputs(shape, dtype, device)
     narrow = [Branch(a.detach().to(dtype), b.detach().to(dtype), s) for a, b, s in given.branches]
     for branch in narrow:
         branch.a_RK.requires_grad_()
         branch.b_NR.requires_grad_()
+    buffer = Augmented(given.w, given.branches)
+    x_room = with_room(given.w, given.x.shape, buffer.room).copy_(given.x.detach())
+    dy_room = with_room(given.w, given.dy.shape, buffer.room).copy_(given.dy)
+    x_room.requires_grad_()
+
+    def augmented() -> None:
+        x_room.grad = None
+        augmented_linear(x_room, buffer, SCALE, given.dropout, SITE).backward(dy_room)
+
     y, dx = torch.empty_like(given.dy), torch.empty_like(given.x, requires_grad=False)
 
     def backward(op: Any, branches: list[Branch]) -> None:
@@ -160,6 +171,7 @@ def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str
 
     return {
         "ours": lambda: backward(lora_linear, given.branches),
+        "augmented": augmented,
         "frozen": frozen,
         "eager": lambda: backward(lora_linear_reference, narrow),
         "eager32": lambda: backward(_eager_in_float32, given.branches),

@@ -66,16 +66,17 @@ def lora_linear_reference(
 # ---- autograd ----------------------------------------------------------------------------------
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """What a call needs beside its tensors."""
 
     scale: float
     dropout: Dropout | None
     site: int
     starts: tuple[int, ...]
+    """First row of each branch."""
 
 
-def _parts(group: _Group, masters: Sequence[Tensor]) -> list[tuple[slice, slice, Tensor, Tensor]]:
+def parts_of(group: Group, masters: Sequence[Tensor]) -> list[tuple[slice, slice, Tensor, Tensor]]:
     """Pair each branch's A and B with its columns of y and of t."""
     parts, rank = [], 0
     for start, a_RK, b_NR in zip(group.starts, masters[::2], masters[1::2], strict=True):
@@ -92,13 +93,13 @@ class _LoraLinear(torch.autograd.Function):
     # the masters are inputs, or the first layer, whose x needs no gradient, would never be visited
 
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: _Group, *masters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
         inner_TK = x_TK
         if group.dropout is not None:
             inner_TK = x_TK * group.dropout.mask(group.site, x_TK.shape[1], x_TK.dtype)
         t_TR = torch.mm(inner_TK, _stacked_a(masters, x_TK.dtype).T).mul_(group.scale)
         y_TN = torch.mm(x_TK, w_NK.T)
-        for columns, ranks, _, b_NR in _parts(group, masters):
+        for columns, ranks, _, b_NR in parts_of(group, masters):
             y_TN[:, columns].addmm_(t_TR[:, ranks], b_NR.to(x_TK.dtype).T)
         ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
         ctx.group = group
@@ -107,10 +108,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, w_NK, t_TR, *masters = ctx.saved_tensors
-        group: _Group = ctx.group
+        group: Group = ctx.group
         ds_TR = torch.empty_like(t_TR)
         gradients: list[Tensor | None] = [None] * len(masters)
-        for i, (columns, ranks, _, b_NR) in enumerate(_parts(group, masters)):
+        for i, (columns, ranks, _, b_NR) in enumerate(parts_of(group, masters)):
             dy_part = dy_TN[:, columns]
             ds_TR[:, ranks] = torch.mm(dy_part, b_NR.to(dy_TN.dtype))
             gradients[2 * i + 1] = torch.mm(dy_part.T, t_TR[:, ranks]).to(b_NR.dtype)
@@ -119,7 +120,7 @@ class _LoraLinear(torch.autograd.Function):
         if group.dropout is not None:
             mask_TK = group.dropout.mask(group.site, x_TK.shape[1], x_TK.dtype)
         da_RK = torch.mm(ds_TR.T, x_TK if mask_TK is None else x_TK * mask_TK)
-        for i, (_, ranks, a_RK, _) in enumerate(_parts(group, masters)):
+        for i, (_, ranks, a_RK, _) in enumerate(parts_of(group, masters)):
             gradients[2 * i] = da_RK[ranks].to(a_RK.dtype)
         dx_TK = None
         if ctx.needs_input_grad[0]:
@@ -134,11 +135,13 @@ class _LoraLinear(torch.autograd.Function):
 
 class _FusedLoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: _Group, *masters: Tensor) -> Tensor:
-        x_TK = _with_dense_rows(x_TK)
+    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
+        x_TK = with_dense_rows(x_TK)
         y_TN = torch.mm(x_TK, w_NK.T)
-        t_TR = _down(x_TK, _stacked_a(masters, x_TK.dtype), group)
-        for columns, ranks, _, b_NR in _parts(group, masters):
+        a_RK = _stacked_a(masters, x_TK.dtype)
+        t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
+        write_t(t_TR, x_TK, a_RK, group)
+        for columns, ranks, _, b_NR in parts_of(group, masters):
             y_TN[:, columns].addmm_(t_TR[:, ranks], b_NR.to(x_TK.dtype).T)
         ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
         ctx.group = group
@@ -147,20 +150,16 @@ class _FusedLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
         x_TK, w_NK, t_TR, *masters = ctx.saved_tensors
-        group: _Group = ctx.group
-        dy_TN, ds_TR = _with_dense_rows(dy_TN), torch.empty_like(t_TR)
-        gradients: list[Tensor | None] = [None] * len(masters)
-        for i, (columns, ranks, _, b_NR) in enumerate(_parts(group, masters)):
-            dy_part, t, ds = dy_TN[:, columns], t_TR[:, ranks], ds_TR[:, ranks]
-            gradients[2 * i + 1] = _up_backward(dy_part, b_NR, t, ds, group.scale)
-        gradients[::2] = _down_backward(x_TK, ds_TR, group, masters)
+        group: Group = ctx.group
+        dy_TN, ds_TR = with_dense_rows(dy_TN), torch.empty_like(t_TR)
+        gradients = branch_gradients(x_TK, dy_TN, t_TR, ds_TR, group, masters)
         dx_TK = None
         if ctx.needs_input_grad[0]:
-            dx_TK = _input_gradient(dy_TN, w_NK, ds_TR, _stacked_a(masters, dy_TN.dtype), group)
+            dx_TK = input_gradient(dy_TN, w_NK, ds_TR, _stacked_a(masters, dy_TN.dtype), group)
         return dx_TK, None, None, *gradients
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
+def with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -169,15 +168,31 @@ def _chunks(R: int) -> list[slice]:
     return [slice(i, min(i + skinny.MAX_RANK, R)) for i in range(0, R, skinny.MAX_RANK)]
 
 
-def _down(x_TK: Tensor, a_RK: Tensor, group: _Group) -> Tensor:
-    """t = s (m*x) A^T of the whole group."""
+def write_t(t_TR: Tensor, x_TK: Tensor, a_RK: Tensor, group: Group) -> None:
+    """t = s (m*x) A^T of the whole group; t's and A's rows may be strided."""
     if len(a_RK) > skinny.MAX_RANK and group.dropout is None:
-        return torch.mm(x_TK, a_RK.T).mul_(group.scale)
-    t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
+        torch.mm(x_TK, a_RK.T, out=t_TR).mul_(group.scale)
+        return
     for ranks in _chunks(len(a_RK)):
         part = x_TK, a_RK[ranks], t_TR[:, ranks]
         skinny.shrink(*part, group.scale, group.dropout, group.site)
-    return t_TR
+
+
+def branch_gradients(
+    x_TK: Tensor,
+    dy_TN: Tensor,
+    t_TR: Tensor,
+    ds_TR: Tensor,
+    group: Group,
+    masters: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Write ds = s dy B, and return dA and dB of every branch, None where added to its gradient."""
+    gradients: list[Tensor | None] = [None] * len(masters)
+    for i, (columns, ranks, _, b_NR) in enumerate(parts_of(group, masters)):
+        part = dy_TN[:, columns], b_NR, t_TR[:, ranks], ds_TR[:, ranks]
+        gradients[2 * i + 1] = _up_backward(*part, group.scale)
+    gradients[::2] = _down_backward(x_TK, ds_TR, group, masters)
+    return gradients
 
 
 def _up_backward(
@@ -191,10 +206,10 @@ def _up_backward(
 
 
 def _down_backward(
-    x_TK: Tensor, ds_TR: Tensor, group: _Group, masters: Sequence[Tensor]
+    x_TK: Tensor, ds_TR: Tensor, group: Group, masters: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """dA of every branch, or None where it was added to A's gradient."""
-    parts = _parts(group, masters)
+    parts = parts_of(group, masters)
     if ds_TR.shape[1] > skinny.MAX_RANK and group.dropout is None:
         da_RK = torch.mm(ds_TR.T, x_TK)
         return [da_RK[ranks].to(a_RK.dtype) for _, ranks, a_RK, _ in parts]
@@ -209,8 +224,8 @@ def _down_backward(
     ]
 
 
-def _input_gradient(
-    dy_TN: Tensor, w_NK: Tensor, ds_TR: Tensor, a_RK: Tensor, group: _Group
+def input_gradient(
+    dy_TN: Tensor, w_NK: Tensor, ds_TR: Tensor, a_RK: Tensor, group: Group
 ) -> Tensor:
     """dx = dy W + m*(ds A)."""
     if group.dropout is None:
@@ -255,7 +270,7 @@ def lora_linear(
     if not branches:
         return torch.mm(x_TK, w_NK.T)
     _check(branches, *w_NK.shape)
-    group = _Group(scale, dropout, site, tuple(b.start for b in branches))
+    group = Group(scale, dropout, site, tuple(b.start for b in branches))
     masters = [m for branch in branches for m in (branch.a_RK, branch.b_NR)]
     function = _FusedLoraLinear if uses_triton(x_TK, w_NK, *masters) else _LoraLinear
     y_TN: Tensor = function.apply(x_TK, w_NK, group, *masters)

@@ -52,7 +52,7 @@ def _masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl
 
 @jit(do_not_specialize=["seed", "site", "q"])
 def _shrink(
-    x_ptr, a_ptr, t_ptr, positions_ptr, draws_ptr, T, K, R, x_stride, t_stride, scale,
+    x_ptr, a_ptr, t_ptr, positions_ptr, draws_ptr, T, K, R, x_stride, a_stride, t_stride, scale,
     seed, site, q, DROP: tl.constexpr, UP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,9 @@ def _shrink(
                 x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8
             ).to(x_ptr.dtype.element_ty)
         a = tl.load(
-            a_ptr + r[None, :] * K + k[:, None], mask=(r[None, :] < R) & (k[:, None] < K), other=0.0
+            a_ptr + r[None, :] * a_stride + k[:, None],
+            mask=(r[None, :] < R) & (k[:, None] < K),
+            other=0.0,
         )
         acc = dot(x, a.to(x_ptr.dtype.element_ty), acc, UP)
     out = (acc * scale).to(t_ptr.dtype.element_ty)
@@ -129,7 +131,7 @@ def _gradient_of_a(
 
 @jit(do_not_specialize=["seed", "site", "q"])
 def _masked_expand(
-    ds_ptr, a_ptr, g_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, scale,
+    ds_ptr, a_ptr, g_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, a_stride, scale,
     seed, site, q, UP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +141,7 @@ def _masked_expand(
     r = tl.arange(0, BLOCK_R)
     narrow = g_ptr.dtype.element_ty
     ds = tl.load(ds_ptr + t * ds_stride + r[None, :], mask=(t < T) & (r[None, :] < R), other=0.0)
-    a = tl.load(a_ptr + r[:, None] * K + k, mask=(r[:, None] < R) & (k < K), other=0.0)
+    a = tl.load(a_ptr + r[:, None] * a_stride + k, mask=(r[:, None] < R) & (k < K), other=0.0)
     g = dot(ds, a.to(narrow), tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32), UP)
     g = _masked(g, positions_ptr, draws_ptr, seed, site, t, T, first // 8, q, BLOCK_K // 8)
     tl.store(g_ptr + t * K + k, (g * scale).to(narrow), mask=(t < T) & (k < K))
@@ -213,7 +215,7 @@ def shrink(
 
     Args:
         x_TK: (T, K) activations; rows may be strided.
-        a_RK: (R, K) contiguous.
+        a_RK: (R, K); rows may be strided.
         t_TR: (T, R) in x's dtype; rows may be strided.
         scale: of the branch.
         dropout: mask of x, or None.
@@ -223,7 +225,8 @@ def shrink(
     positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
     launch(
         _shrink, (cdiv(T, 64),), x_TK, a_RK, t_TR, positions, draws,
-        T, K, len(a_RK), x_TK.stride(0), t_TR.stride(0), scale * keep_scale(dropout), *numbers,
+        T, K, len(a_RK), x_TK.stride(0), a_RK.stride(0), t_TR.stride(0),
+        scale * keep_scale(dropout), *numbers,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=64, BLOCK_K=64,
         **_rank_block(len(a_RK), 32), num_stages=3,
     )  # fmt: skip
@@ -287,7 +290,7 @@ def masked_expand(ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int) -> T
 
     Args:
         ds_TR: (T, R); rows may be strided.
-        a_RK: (R, K) contiguous.
+        a_RK: (R, K); rows may be strided.
         dropout: the mask of the branch's input.
         site: of the mask.
     """
@@ -296,7 +299,7 @@ def masked_expand(ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int) -> T
     positions, draws, *numbers = _mask_arguments(dropout, site, ds_TR)
     launch(
         _masked_expand, (cdiv(T, 32), cdiv(K, 128)), ds_TR, a_RK, g_TK, positions, draws,
-        T, K, R, ds_TR.stride(0), keep_scale(dropout), *numbers, UP=INTERPRETED,
+        T, K, R, ds_TR.stride(0), a_RK.stride(0), keep_scale(dropout), *numbers, UP=INTERPRETED,
         BLOCK_T=32, BLOCK_K=128, **_rank_block(R),
     )  # fmt: skip
     return g_TK

@@ -131,6 +131,7 @@ class Traffic:
             accesses.clear()
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="counts in Triton's interpreter")
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [[136], [128, 40, 40]])

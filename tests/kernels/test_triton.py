@@ -31,6 +31,7 @@ from bioinstruct.kernels import (
     swiglu,
 )
 from bioinstruct.kernels.adamw import adamw_, global_norm
+from bioinstruct.kernels.augmented import Augmented, augmented_linear, extended, with_room
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy_reference
 from bioinstruct.kernels.lora import lora_linear_reference
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
@@ -41,6 +42,10 @@ from bioinstruct.train.step import Optimizer, train_step
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes for Linux only)")
 
+# Triton 3.6's interpreter makes NumPy before 2.4 complain
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim:DeprecationWarning"
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -292,6 +297,91 @@ def test_lora_linear(
     # the sums over tokens are rounded between s, t and dA in another place than eager's
     inputs = [0.3 * x for x in normal((T, K), *shapes)]
     check(call(lora_linear), call(lora_linear_reference), inputs, dtype, DEVICE, roundings=2)
+
+
+class _Roomy(torch.autograd.Function):
+    """Identity whose output, and whose gradient, have room behind their rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, room: int) -> Tensor:
+        ctx.room = room
+        return with_room(x, x.shape, room).copy_(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return with_room(dx, dx.shape, ctx.room).copy_(dx), None
+
+
+@each_dtype
+@pytest.mark.parametrize("room", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("T", [0, 1, 100])
+@pytest.mark.parametrize("group", GROUPS[:6])
+def test_augmented_linear(
+    group: tuple[int, int, list[tuple[int, int, int]]],
+    T: int,
+    p: float,
+    room: bool,
+    dtype: torch.dtype,
+) -> None:
+    N, K, parts = group
+    dropout = masks(p, T) if p else None
+    shapes = [s for _, rows, rank in parts for s in ((rank, K), (rows, rank))]
+    weight = normal((N, K), seed=1)[0].to(DEVICE, dtype)
+
+    def branches(masters: Sequence[Tensor]) -> list[Branch]:
+        starts = [start for start, _, _ in parts]
+        return [Branch(*pair) for pair in zip(masters[::2], masters[1::2], starts, strict=True)]
+
+    def ours(x: Tensor, *masters: Tensor) -> Tensor:
+        buffer = Augmented(weight, branches(masters))
+        if not room:
+            return augmented_linear(x, buffer, 0.5, dropout, 2)
+        x = _Roomy.apply(x, buffer.room)
+        assert extended(x, buffer.room) is not None or not T
+        return _Roomy.apply(augmented_linear(x, buffer, 0.5, dropout, 2), buffer.room)
+
+    def reference(x: Tensor, *masters: Tensor) -> Tensor:
+        given = weight.to(x.dtype), branches(masters), 0.5, dropout, 2
+        return lora_linear_reference(x, *given)
+
+    inputs = [0.3 * x for x in normal((T, K), *shapes)]
+    check(ours, reference, inputs, dtype, DEVICE, roundings=2)
+
+
+def test_the_augmented_buffer_holds_what_its_formula_says() -> None:
+    w, a, b, c, d = (t.to(DEVICE) for t in normal((20, 12), (3, 12), (10, 3), (8, 12), (5, 8)))
+    buffer = Augmented(w, [Branch(a, b, 0), Branch(c, d, 15)])
+    for _ in range(2):
+        exact = torch.zeros(20 + 16, 12 + 16, dtype=torch.float64, device=DEVICE)
+        exact[:20, :12], exact[20:23, :12], exact[23:31, :12] = w, a, c
+        exact[:10, 12:15], exact[15:, 15:23][:5] = b, d
+        assert torch.equal(buffer.we, exact)
+        assert torch.equal(buffer.w_NK, w)
+        for master in (a, b, c, d):
+            master.mul_(-2)
+        buffer.refresh()
+
+
+def test_room_is_never_anothers_columns() -> None:
+    wide = torch.zeros(5, 24, device=DEVICE)
+    for part in (wide[:, :16], wide[1:, :16], wide[:, 8:], wide[:, :15], torch.zeros(5, 16)):
+        whole = part.data_ptr() == wide.data_ptr() and part.shape == (5, 16)
+        assert (extended(part, 8) is not None) == whole
+    assert extended(with_room(wide, (5, 16), 8), 8) is not None
+
+
+@pytest.mark.parametrize("ranks", [[], [193], [100, 93]])
+def test_ranks_that_an_augmented_buffer_does_not_take(ranks: list[int]) -> None:
+    branches = [Branch(torch.zeros(r, 4), torch.zeros(2, r), 2 * i) for i, r in enumerate(ranks)]
+    with pytest.raises(ValueError, match="takes 1 to 192 ranks"):
+        Augmented(torch.zeros(6, 4), branches)
+
+
+def test_a_wrong_input_of_an_augmented_linear_is_named() -> None:
+    buffer = Augmented(torch.zeros(6, 4), [Branch(torch.zeros(1, 4), torch.zeros(6, 1), 0)])
+    with pytest.raises(ValueError, match=r"needs x_TK \(T, 4\) for this buffer, got \(2, 5\)"):
+        augmented_linear(torch.zeros(2, 5), buffer)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
