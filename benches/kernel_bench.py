@@ -24,11 +24,22 @@ from bioinstruct.benches.harness import alternate, describe, median_ratio, repor
 from bioinstruct.model.llm import choose_device, choose_dtype
 from bioinstruct.synth import console
 
-ASSUMED = {"gpu": "H200", "flops_per_s": 790e12, "bytes_per_s": 4.3e12}
-"""Of predictions: what an H200 is known to sustain in bfloat16 products and in copies."""
 CALLS = 10
 Call = Callable[[], object]
 Shape = Mapping[str, Any]
+
+
+class Machine(NamedTuple):
+    """What a prediction takes for granted."""
+
+    gpu: str
+    flops_per_s: float
+    """Of bfloat16 products, sustained."""
+    bytes_per_s: float
+    """Read plus written by a copy."""
+
+
+ASSUMED = Machine("H200", 790e12, 4.3e12)
 
 
 class Work(NamedTuple):
@@ -58,21 +69,28 @@ class Bench:
     """Share of its error allowance that the op uses; ValueError where it is beyond."""
     variants: Callable[[Shape, torch.dtype, torch.device], dict[str, Call]]
     """What to time, by name: "ours", perhaps "frozen", and rivals."""
+    rival_work: Callable[[Shape, int], dict[str, Work]] = lambda *_: {}
+    """The work of other variants, by name, where a formula for it is known."""
 
 
 def predict(bench: Bench, shape: Shape, itemsize: int) -> dict[str, Any]:
     """Bytes, FLOPs and the time they take on the assumed machine; nothing runs."""
-    work = bench.work(shape, itemsize)
-    products_s = work.flops / ASSUMED["flops_per_s"]  # type: ignore[operator]
-    moved_s = work.moved_bytes / ASSUMED["bytes_per_s"]  # type: ignore[operator]
-    floor_s = work.floor_flops / ASSUMED["flops_per_s"]  # type: ignore[operator]
+    works = {"ours": bench.work(shape, itemsize), **bench.rival_work(shape, itemsize)}
     return {
         "bench": bench.name,
         **shape,
+        "assumed": ASSUMED._asdict(),
+        "predictions": {name: _prediction(work) for name, work in works.items()},
+    }
+
+
+def _prediction(work: Work) -> dict[str, Any]:
+    seconds = work.flops / ASSUMED.flops_per_s + work.moved_bytes / ASSUMED.bytes_per_s
+    floor_s = work.floor_flops / ASSUMED.flops_per_s
+    return {
         **work._asdict(),
-        "predicted_seconds": products_s + moved_s,
-        "predicted_ratio_to_frozen": (products_s + moved_s) / floor_s if floor_s else None,
-        "assumed": ASSUMED,
+        "predicted_seconds": seconds,
+        "predicted_ratio_to_frozen": seconds / floor_s if floor_s else None,
     }
 
 

@@ -77,13 +77,41 @@ def kernel_bytes(shape: Shape, itemsize: int) -> int:
 
 def work(shape: Shape, itemsize: int) -> Work:
     """Kernels as above; the products add the branch to y, and to dx without dropout, in place."""
-    T, K, N, R = shape["T"], shape["K"], sum(shape["rows"]), shape["R"]
+    T, K, N = shape["T"], shape["K"], sum(shape["rows"])
     # adding in place reads and writes the result once more; reading G rides in the product
     in_place = 2 * itemsize * T * N + (itemsize if shape["p"] else 2 * itemsize) * T * K
-    ranks = R * len(shape["rows"])
-    small = 2 * T * (2 * K * ranks + 2 * N * R) + 2 * T * (N * R + K * ranks)
     floor = 4 * T * N * K
-    return Work(kernel_bytes(shape, itemsize) + in_place, floor + small, floor)
+    return Work(kernel_bytes(shape, itemsize) + in_place, floor + _branch_flops(shape), floor)
+
+
+def _branch_flops(shape: Shape) -> int:
+    """t, ds, dA and dB, and the branch's share of y and dx."""
+    T, K, N, R = shape["T"], shape["K"], sum(shape["rows"]), shape["R"]
+    return int(6 * T * (K * R * len(shape["rows"]) + N * R))
+
+
+def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
+    """Augmented as we wrote it; the eager formulas as upper bounds, pass by pass, nothing cached.
+
+    eager reads x, y and their gradients once for each of its operations on them: 12*T*K + 20*T*N
+    bytes in bfloat16, 10*T*K more with dropout; PEFT's float32 adapters 32*T*K more again. manual
+    moves 10*T*K + 10*T*N. A projection of a group does its own passes over x.
+    """
+    T, K, N = shape["T"], shape["K"], sum(shape["rows"])
+    floor, flops = 4 * T * N * K, _branch_flops(shape)
+    # B of one projection meets the ranks of all: zeros, but multiplied
+    off_diagonal = 2 * T * N * shape["R"] * (len(shape["rows"]) - 1)
+    added = itemsize * T * K if shape["p"] else 0
+    each = T * K * len(shape["rows"]) * itemsize // 2
+    wide = T * N * itemsize // 2
+    moved = {
+        "eager": (22 if shape["p"] else 12) * each + 20 * wide,
+        "eager32": 54 * each + 20 * wide,
+        "manual": 10 * each + 10 * wide,
+    }
+    works = {name: Work(count, floor + flops, floor) for name, count in moved.items()}
+    whole = floor + flops + off_diagonal
+    return {"augmented": Work(kernel_bytes(shape, itemsize) + added, whole, floor), **works}
 
 
 class _Inputs:
@@ -202,6 +230,7 @@ BENCH = Bench(
     work=work,
     check=check_linear,
     variants=variants,
+    rival_work=rival_work,
 )
 
 if __name__ == "__main__":

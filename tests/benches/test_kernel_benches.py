@@ -46,10 +46,33 @@ def test_a_dry_run_predicts_and_measures_nothing(bench: Bench) -> None:
     for shape in bench.shapes:
         row = predict(bench, shape, 2)
         assert json.loads(json.dumps(row))["assumed"]["gpu"] == "H200"
-        assert row["predicted_seconds"] > 0
         assert "seconds" not in row
-        ratio = row["predicted_ratio_to_frozen"]
-        assert ratio is None or 1 < ratio < 1.3
+        for variant in row["predictions"].values():
+            assert variant["predicted_seconds"] > 0
+            ratio = variant["predicted_ratio_to_frozen"]
+            assert ratio is None or 1 < ratio < 3
+
+
+TARGETS = {
+    "llama-7b o": (1.12, 1.16),
+    "llama-7b gate_up": (1.065, 1.10),
+    "llama-7b down": (1.09, 1.13),
+}
+
+
+@pytest.mark.parametrize("linear", TARGETS)
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_augmented_form_is_predicted_to_reach_its_target(linear: str, dropped: bool) -> None:
+    (shape,) = (
+        s
+        for s in lora_kernel.BENCH.shapes
+        if (s["linear"], s["R"], s["p"] > 0) == (linear, 16, dropped)
+    )
+    found = predict(lora_kernel.BENCH, shape, 2)["predictions"]
+    assert found["augmented"]["predicted_ratio_to_frozen"] <= TARGETS[linear][dropped]
+    order = ["augmented", "ours", "eager", "eager32"]
+    seconds = [found[name]["predicted_seconds"] for name in order]
+    assert seconds == sorted(seconds)
 
 
 def test_all_run_in_one_command(tmp_path: Path) -> None:
