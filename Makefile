@@ -69,7 +69,7 @@ comma = ,
 
 # install the project into .venv, editable, with the extras $(1)
 define install
-echo "installing torch and the rest into $(VENV) (once; about 1 GB, more with CUDA; minutes) ..."; \
+echo "installing torch and the rest into $(VENV) (once; about 2 GB, more with CUDA; minutes) ..."; \
 rm -f $(VENV)/.installed-*; \
 $(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip >/dev/null; \
 $(RUN) -m pip install -qq --disable-pip-version-check --no-input --editable ".[$(1)]" || { \

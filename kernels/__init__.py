@@ -4,7 +4,7 @@ from bioinstruct.kernels.attention import Documents, attention
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy
 from bioinstruct.kernels.dropout import Dropout
 from bioinstruct.kernels.lora import Branch, lora_linear
-from bioinstruct.kernels.rmsnorm import rmsnorm
+from bioinstruct.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from bioinstruct.kernels.rope import Heads, Rotation, rope, split_rope
 from bioinstruct.kernels.swiglu import swiglu
 
@@ -14,6 +14,7 @@ __all__ = [
     "Dropout",
     "Heads",
     "Rotation",
+    "add_rmsnorm",
     "attention",
     "linear_cross_entropy",
     "lora_linear",

@@ -1,17 +1,64 @@
 """AdamW over one flat float32 buffer, with the gradient's global norm and clipping.
 
+    g <- clip g
     m <- b1 m + (1-b1) g,   v <- b2 v + (1-b2) g^2
-    p <- p - lr ( wd p + (m / (1-b1^k)) / (sqrt(v / (1-b2^k)) + eps) )
+    p <- p - rate ( wd p + (m / (1-b1^k)) / (sqrt(v / (1-b2^k)) + eps) )
                                                     (Loshchilov & Hutter 2019, arXiv 1711.05101)
 
-All adapters lie in one buffer, so the norm, the finiteness check and the update are each a few
-passes over contiguous memory, whatever the number of layers.
+rate is lr, or lr times a ratio for the elements of B matrices (LoRA+, Hayou et al. 2024, arXiv
+2402.12354). All adapters lie in one buffer, so the norm with the finiteness check is one pass over
+contiguous memory and the update another, whatever the number of layers.
 
 Shapes   P = trainable parameters.
+Numerics float32. The norm's squares are summed in float64 in torch; the kernel's parts are float32,
+         so an element beyond 1e19 counts as not finite there.
+Bound    Memory: the norm reads 4*P bytes; the update reads 16*P and writes 12*P.
 """
 
 import torch
 from torch import Tensor
+
+from bioinstruct.kernels.dispatch import cdiv, jit, launch, tl, uses_triton
+
+BLOCK_P = 1024
+NORM_PARTS = 1024
+"""Programs of the norm, so that the order of the sum depends on nothing but P."""
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@jit
+def _square_sums(g_ptr, sums_ptr, P, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, P, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        g = tl.load(g_ptr + i, mask=i < P, other=0.0)
+        total += g * g
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@jit
+def _adamw(
+    p_ptr, g_ptr, m_ptr, v_ptr, plus_ptr, P, lr, plus_ratio, decay, clip, b1, rest1, b2, rest2,
+    unbias1, unbias2, eps, PLUS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < P
+    p = tl.load(p_ptr + i, mask=mask, other=0.0)
+    g = tl.load(g_ptr + i, mask=mask, other=0.0) * clip
+    m = b1 * tl.load(m_ptr + i, mask=mask, other=0.0) + rest1 * g
+    v = b2 * tl.load(v_ptr + i, mask=mask, other=0.0) + rest2 * g * g
+    rate = lr
+    if PLUS:
+        rate = tl.where(tl.load(plus_ptr + i, mask=mask, other=0) != 0, lr * plus_ratio, lr)
+    step = (m * unbias1) / (tl.sqrt(v * unbias2) + eps)
+    tl.store(p_ptr + i, p - rate * (decay * p + step), mask=mask)
+    tl.store(m_ptr + i, m, mask=mask)
+    tl.store(v_ptr + i, v, mask=mask)
+
+
+# ---- public ------------------------------------------------------------------------------------
 
 
 def adamw_(
@@ -26,12 +73,14 @@ def adamw_(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     grad_factor: float = 1.0,
+    plus_P: Tensor | None = None,
+    plus_ratio: float = 1.0,
 ) -> None:
     """Update parameters and moments in place.
 
     Args:
         p_P: (P,) float32 masters.
-        g_P: (P,) gradient; it is scaled in place by grad_factor.
+        g_P: (P,) gradient; its values are not defined afterwards.
         m_P: (P,) first moment.
         v_P: (P,) second moment.
         lr: learning rate of this step.
@@ -40,16 +89,32 @@ def adamw_(
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, in units of the learning rate.
         grad_factor: what clipping multiplies the gradient by.
+        plus_P: (P,) bool, the elements whose learning rate is lr times plus_ratio; None for none.
+        plus_ratio: LoRA+'s ratio of the two rates.
     """
     b1, b2 = betas
+    unbias1, unbias2 = 1 / (1 - b1**step), 1 / (1 - b2**step)
+    if uses_triton(p_P, g_P, m_P, v_P):
+        P = p_P.numel()
+        launch(
+            _adamw, (cdiv(P, BLOCK_P),),
+            p_P, g_P, m_P, v_P, p_P if plus_P is None else plus_P.view(torch.uint8), P,
+            lr, plus_ratio, weight_decay, grad_factor, b1, 1 - b1, b2, 1 - b2,
+            unbias1, unbias2, eps, PLUS=plus_P is not None, BLOCK=BLOCK_P, num_warps=4,
+        )  # fmt: skip
+        return
     if grad_factor != 1.0:
         g_P.mul_(grad_factor)
     m_P.lerp_(g_P, 1 - b1)
     v_P.mul_(b2).addcmul_(g_P, g_P, value=1 - b2)
-    if weight_decay:
-        p_P.mul_(1 - lr * weight_decay)
     root_P = v_P.sqrt().div_((1 - b2**step) ** 0.5).add_(eps)
-    p_P.addcdiv_(m_P, root_P, value=-lr / (1 - b1**step))
+    if plus_P is None:
+        p_P.mul_(1 - lr * weight_decay)
+        p_P.addcdiv_(m_P, root_P, value=-lr / (1 - b1**step))
+        return
+    rate_P = torch.where(plus_P, lr * plus_ratio, lr)
+    change_P = root_P.reciprocal_().mul_(m_P).mul_(unbias1).add_(p_P, alpha=weight_decay)
+    p_P.addcmul_(rate_P, change_P, value=-1)
 
 
 def clip_factor(grad_norm: float, max_norm: float) -> float:
@@ -59,4 +124,8 @@ def clip_factor(grad_norm: float, max_norm: float) -> float:
 
 def global_norm(g_P: Tensor) -> float:
     """Euclidean norm of the whole gradient; not finite exactly when an element is not finite."""
+    if uses_triton(g_P):
+        sums = g_P.new_zeros(NORM_PARTS)
+        launch(_square_sums, (NORM_PARTS,), g_P, sums, g_P.numel(), BLOCK=BLOCK_P, num_warps=4)
+        return float(sums.sum(dtype=torch.float64).sqrt())
     return float(torch.linalg.vector_norm(g_P, dtype=torch.float64))

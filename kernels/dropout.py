@@ -10,6 +10,7 @@ ranks do not change it; it is computed again in the backward pass and never stor
 1/65536.
 
 Shapes   T = packed tokens, K = columns.
+Bound    The kernel: writing T*K factors; about 10 instructions an element for the 7 rounds.
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bioinstruct.kernels.dispatch import cdiv, jit, launch, tl, uses_triton
+
 ROUNDS = 7
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+
+# ---- kernel ------------------------------------------------------------------------------------
+
+
+@jit
+def keep_lanes(seed, site, positions, draws, first, q, EIGHTHS: tl.constexpr):
+    """(T, 8 * EIGHTHS) bool, for tokens (T, 1) and columns from 8 * first on."""
+    column = first + tl.arange(0, EIGHTHS)[None, :]
+    # every counter in its full shape, so that the rounds are plain elementwise operations
+    zero = (positions * 0 + column * 0).to(tl.uint32)
+    c0 = zero + column.to(tl.uint32)
+    c1 = zero + site.to(tl.uint32)
+    c2 = zero + positions.to(tl.uint32)
+    c3 = zero + draws.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3, 7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(lanes, (positions.shape[0], EIGHTHS * 8)) >= q
+
+
+@jit(do_not_specialize=["seed", "site"])
+def _mask(
+    positions_ptr, draws_ptr, mask_ptr, seed, site, T, K, q, scale,
+    BLOCK_T: tl.constexpr, EIGHTHS: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    positions = tl.load(positions_ptr + t, mask=t < T, other=0)
+    draws = tl.load(draws_ptr + t, mask=t < T, other=0)
+    first = tl.program_id(1) * EIGHTHS
+    keep = keep_lanes(seed, site, positions, draws, first, q, EIGHTHS)
+    k = first * 8 + tl.arange(0, EIGHTHS * 8)[None, :]
+    factor = tl.where(keep, scale, 0.0).to(mask_ptr.dtype.element_ty)
+    tl.store(mask_ptr + t * K + k, factor, mask=(t < T) & (k < K))
+
+
+# ---- public ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,9 +78,23 @@ class Dropout:
     positions_T: Tensor
     draws_T: Tensor
 
+    @property
+    def dropped(self) -> int:
+        """q: how many of the 65,536 values of a lane are dropped."""
+        return round(65536 * self.p)
+
     def mask(self, site: int, K: int, dtype: torch.dtype) -> Tensor:
         """Return the (T, K) factors, 0 or the inverse keep rate, of one site (layer x group)."""
-        q = round(65536 * self.p)
+        q = self.dropped
+        scale = 65536 / (65536 - q)
+        if dtype != torch.float64 and uses_triton(self.positions_T, self.draws_T):
+            T = len(self.positions_T)
+            mask_TK = torch.empty(T, K, dtype=dtype, device=self.positions_T.device)
+            tensors = self.positions_T, self.draws_T, mask_TK
+            constants = {"BLOCK_T": 8, "EIGHTHS": 32, "num_warps": 4}
+            grid = cdiv(T, 8), cdiv(K, 256)
+            launch(_mask, grid, *tensors, self.seed, site, T, K, q, scale, **constants)
+            return mask_TK
         columns = torch.arange((K + 7) // 8, device=self.positions_T.device)
         words = philox(
             (
@@ -54,7 +107,7 @@ class Dropout:
         )
         lanes = [half for word in words for half in (word & 0xFFFF, word >> 16)]
         keep_TK = torch.stack(lanes, dim=-1).flatten(1)[:, :K] >= q
-        return keep_TK.to(dtype).mul_(65536 / (65536 - q))
+        return keep_TK.to(dtype).mul_(scale)
 
 
 def philox(

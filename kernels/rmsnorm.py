@@ -1,18 +1,25 @@
-"""RMSNorm, forward and backward.
+"""RMSNorm, alone and after a residual addition, forward and backward.
 
-    y = x * r * w,   r = 1 / sqrt(mean(x^2) + eps)      (Zhang & Sennrich 2019, arXiv 1910.07467)
+    y = h * r * w,   r = 1 / sqrt(mean(h^2) + eps),   h = x or x + delta
+                                               (Zhang & Sennrich 2019, arXiv 1910.07467)
 
-Shapes   T = packed tokens, D = model width.
-Numerics Loads and stores in the input dtype, all arithmetic in at least float32.
-Saved    x_TD (the residual stream, alive anyway) and r_T; y is never saved.
-Bound    Memory: forward moves 2*T*D elements, backward 3*T*D. The gain is frozen in LoRA tuning, so
-         its gradient is computed only when asked for.
+Shapes   T = packed tokens, D = model width, P = row splits of the gain's gradient.
+Numerics Loads and stores in the input dtype, all arithmetic in at least float32; h is rounded
+         before it is normed, so that backward, which reads it, sees the same numbers.
+Saved    h_TD (the residual stream, alive anyway) and r_T; y is never saved.
+Bound    Memory: forward moves 2*T*D elements (4*T*D with the addition), backward 3*T*D (4*T*D). The
+         gain is frozen in LoRA tuning, so its gradient is computed only when asked for. A row up
+         to BLOCK_D stays in registers; a wider one is read twice, the second time from cache.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+
+BLOCK_D = 4096
 
 # ---- reference ---------------------------------------------------------------------------------
 
@@ -22,6 +29,130 @@ def rmsnorm_reference(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     x, w = x_TD.to(wide), w_D.to(wide)
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * w).to(x_TD.dtype)
+
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@jit
+def _residual(x_ptr, delta_ptr, d, mask, ADD: tl.constexpr):
+    """x, or x + delta, rounded to x's dtype."""
+    x = tl.load(x_ptr + d, mask=mask, other=0.0)
+    if ADD:
+        delta = tl.load(delta_ptr + d, mask=mask, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + delta).to(x_ptr.dtype.element_ty)
+    return x
+
+
+@jit
+def _put_normed(h, r, w_ptr, h_ptr, y_ptr, d, mask, ADD: tl.constexpr):
+    w = tl.load(w_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + d, (h.to(tl.float32) * r * w).to(y_ptr.dtype.element_ty), mask=mask)
+    if ADD:
+        tl.store(h_ptr + d, h, mask=mask)
+
+
+@jit
+def _rmsnorm_fwd(
+    x_ptr, delta_ptr, w_ptr, h_ptr, y_ptr, r_ptr, D, eps,
+    ADD: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    x_ptr += t * D
+    delta_ptr += t * D
+    h_ptr += t * D
+    y_ptr += t * D
+    d = tl.arange(0, BLOCK)
+    if ONE_PASS:
+        h = _residual(x_ptr, delta_ptr, d, d < D, ADD)
+        squares = h.to(tl.float32) * h.to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps)
+        _put_normed(h, r, w_ptr, h_ptr, y_ptr, d, d < D, ADD)
+    else:
+        squares = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, D, BLOCK):
+            h = _residual(x_ptr, delta_ptr, start + d, start + d < D, ADD).to(tl.float32)
+            squares += h * h
+        r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps)
+        for start in range(0, D, BLOCK):
+            h = _residual(x_ptr, delta_ptr, start + d, start + d < D, ADD)
+            _put_normed(h, r, w_ptr, h_ptr, y_ptr, start + d, start + d < D, ADD)
+    tl.store(r_ptr + t, r)
+
+
+@jit
+def _weighted(dy_ptr, w_ptr, d, mask):
+    """g = dy * w."""
+    w = tl.load(w_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(dy_ptr + d, mask=mask, other=0.0).to(tl.float32) * w
+
+
+@jit
+def _put_gradient(g, h, r, c, dh_ptr, dx_ptr, d, mask, ADD: tl.constexpr):
+    """dx = r g - c h, plus the gradient that reaches h past the norm."""
+    dx = r * g - c * h
+    if ADD:
+        dx += tl.load(dh_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + d, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _rmsnorm_bwd(
+    dy_ptr, h_ptr, w_ptr, r_ptr, dh_ptr, dx_ptr, D,
+    ADD: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    dy_ptr += t * D
+    h_ptr += t * D
+    dh_ptr += t * D
+    dx_ptr += t * D
+    r = tl.load(r_ptr + t)
+    d = tl.arange(0, BLOCK)
+    if ONE_PASS:
+        h = tl.load(h_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        g = _weighted(dy_ptr, w_ptr, d, d < D)
+        c = r * r * r * (tl.sum(g * h, axis=0) / D)
+        _put_gradient(g, h, r, c, dh_ptr, dx_ptr, d, d < D, ADD)
+    else:
+        products = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, D, BLOCK):
+            h = tl.load(h_ptr + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+            products += _weighted(dy_ptr, w_ptr, start + d, start + d < D) * h
+        c = r * r * r * (tl.sum(products, axis=0) / D)
+        for start in range(0, D, BLOCK):
+            h = tl.load(h_ptr + start + d, mask=start + d < D, other=0.0).to(tl.float32)
+            g = _weighted(dy_ptr, w_ptr, start + d, start + d < D)
+            _put_gradient(g, h, r, c, dh_ptr, dx_ptr, start + d, start + d < D, ADD)
+
+
+@jit
+def _rmsnorm_dw(dy_ptr, h_ptr, r_ptr, dw_ptr, T, D, ROWS, BLOCK: tl.constexpr):
+    # each program owns ROWS tokens of BLOCK columns, and one part of a row of the partial dw_PD
+    p = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    dw = tl.zeros((BLOCK,), dtype=tl.float32)
+    for t in range(p * ROWS, tl.minimum((p + 1) * ROWS, T)):
+        h = tl.load(h_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+        dw += dy * h * tl.load(r_ptr + t)
+    tl.store(dw_ptr + p * D + d, dw, mask=d < D)
+
+
+def _blocks(D: int) -> dict[str, Any]:
+    """Constants of the kernels for rows of D elements: 16 of them a thread."""
+    block = next_power_of_2(min(D, BLOCK_D))
+    return {"ONE_PASS": block >= D, "BLOCK": block, "num_warps": max(1, block // 512)}
+
+
+def _gain_gradient(dy_TD: Tensor, h_TD: Tensor, r_T: Tensor, dtype: torch.dtype) -> Tensor:
+    T, D = h_TD.shape
+    rows = max(1, cdiv(T, 64))
+    parts = max(1, cdiv(T, rows))
+    dw_PD = h_TD.new_empty(parts, D, dtype=torch.float32)
+    block = min(512, next_power_of_2(D))
+    grid = (cdiv(D, block), parts)
+    launch(_rmsnorm_dw, grid, dy_TD, h_TD, r_T, dw_PD, T, D, rows, BLOCK=block, num_warps=4)
+    return dw_PD.sum(0).to(dtype)
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -52,6 +183,41 @@ class _RMSNorm(torch.autograd.Function):
         return dx_TD, dw_D, None
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """y of x; or h and y of x and delta."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float) -> Any:
+        T, D = x_TD.shape
+        x_TD, add = x_TD.contiguous(), delta_TD is not None
+        h_TD = torch.empty_like(x_TD) if add else x_TD
+        delta = delta_TD.contiguous() if delta_TD is not None else x_TD
+        y_TD, r_T = torch.empty_like(x_TD), x_TD.new_empty(T, dtype=torch.float32)
+        tensors = x_TD, delta, w_D.contiguous(), h_TD, y_TD, r_T
+        launch(_rmsnorm_fwd, (T,), *tensors, D, eps, ADD=add, **_blocks(D))
+        ctx.save_for_backward(h_TD, w_D, r_T)
+        ctx.set_materialize_grads(False)
+        return (h_TD, y_TD) if add else y_TD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        h_TD, w_D, r_T = ctx.saved_tensors
+        T, D = h_TD.shape
+        dh_TD, dy_TD = gradients if len(gradients) == 2 else (None, gradients[0])
+        if dy_TD is None:
+            return dh_TD, dh_TD, None, None
+        dy_TD, add = dy_TD.contiguous(), dh_TD is not None
+        dx_TD = dw_D = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            dx_TD = torch.empty_like(h_TD)
+            dh = dh_TD.contiguous() if dh_TD is not None else dy_TD
+            tensors = dy_TD, h_TD, w_D.contiguous(), r_T, dh, dx_TD
+            launch(_rmsnorm_bwd, (T,), *tensors, D, ADD=add, **_blocks(D))
+        if ctx.needs_input_grad[2]:
+            dw_D = _gain_gradient(dy_TD, h_TD, r_T, w_D.dtype)
+        return dx_TD, dx_TD if ctx.needs_input_grad[1] else None, dw_D, None
+
+
 def rmsnorm(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
     """Root-mean-square norm over the last dimension.
 
@@ -70,5 +236,37 @@ def rmsnorm(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
         raise ValueError(
             f"rmsnorm needs x_TD (T, D) and w_D (D,), got {tuple(x_TD.shape)}, {tuple(w_D.shape)}"
         )
-    y_TD: Tensor = _RMSNorm.apply(x_TD, w_D, eps)
+    if uses_triton(x_TD, w_D):
+        y_TD: Tensor = _FusedRMSNorm.apply(x_TD, None, w_D, eps)
+    else:
+        y_TD = _RMSNorm.apply(x_TD, w_D, eps)
     return y_TD
+
+
+def add_rmsnorm(
+    x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream and norm the sum, in one pass on a GPU.
+
+    Args:
+        x_TD: (T, D) residual stream.
+        delta_TD: (T, D) what a sub-layer adds, in x's dtype.
+        w_D: (D,) gain.
+        eps: added to the mean square, in the units of x squared.
+
+    Returns:
+        The sum, rounded to x's dtype, and its norm; both (T, D).
+
+    Raises:
+        ValueError: if the shapes do not match.
+    """
+    if x_TD.ndim != 2 or delta_TD.shape != x_TD.shape or w_D.shape != x_TD.shape[1:]:
+        raise ValueError(
+            f"add_rmsnorm needs x_TD and delta_TD (T, D) and w_D (D,), got {tuple(x_TD.shape)}, "
+            f"{tuple(delta_TD.shape)}, {tuple(w_D.shape)}"
+        )
+    if uses_triton(x_TD, delta_TD, w_D):
+        h_TD, y_TD = _FusedRMSNorm.apply(x_TD, delta_TD, w_D, eps)
+        return h_TD, y_TD
+    h_TD = x_TD + delta_TD
+    return h_TD, rmsnorm(h_TD, w_D, eps)

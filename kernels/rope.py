@@ -10,13 +10,19 @@ Shapes   T = packed tokens, H = query heads, G = key/value heads, E = head width
          N = (H + 2G) * E columns of the fused projection.
 Numerics cos and sin are float32 tables gathered by position; rotation in float32 at least.
 Saved    The two gathered tables, shared by all layers of a pack.
-Bound    Memory: forward and backward each read and write T*N elements.
+Bound    Memory: forward and backward each read and write T*N elements; on a GPU split_rope turns
+         queries and keys where they lie, T*(H+G)*E elements, and leaves the values alone.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+
+HEADS = 4
+"""Heads that one program turns with the same angles."""
 
 
 class Rotation(NamedTuple):
@@ -56,6 +62,48 @@ def _rotate_into(out_THE: Tensor, x_THE: Tensor, rotation: Rotation, sign: float
     half = x_THE.shape[-1] // 2
     out_THE[..., :half] = (a_THE * cos).addcmul_(b_THE, sin, value=-sign)
     out_THE[..., half:] = (b_THE * cos).addcmul_(a_THE, sin, value=sign)
+
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@jit
+def _rotate(
+    src_ptr, dst_ptr, cos_ptr, sin_ptr, T, heads, half, src_t, src_h, dst_t, dst_h, sign,
+    HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    # src and dst may be the same: each element is read and written by one program, and read first
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    e = tl.arange(0, BLOCK_E)[None, :]
+    mask = (t < T) & (e < half)
+    cos = tl.load(cos_ptr + t * half + e, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + t * half + e, mask=mask, other=0.0) * sign
+    narrow = dst_ptr.dtype.element_ty
+    for i in tl.static_range(HEADS):
+        head = tl.program_id(1) * HEADS + i
+        # compared as a block: the interpreter takes no scalar condition into a mask
+        mask_h = mask & (head + e * 0 < heads)
+        src = src_ptr + t * src_t + head * src_h + e
+        dst = dst_ptr + t * dst_t + head * dst_h + e
+        a = tl.load(src, mask=mask_h, other=0.0).to(tl.float32)
+        b = tl.load(src + half, mask=mask_h, other=0.0).to(tl.float32)
+        tl.store(dst, (a * cos - b * sin).to(narrow), mask=mask_h)
+        tl.store(dst + half, (b * cos + a * sin).to(narrow), mask=mask_h)
+
+
+def _launch_rotate(dst_THE: Tensor, src_THE: Tensor, rotation: Rotation, sign: float) -> None:
+    """Write src rotated by sign times the angle into dst, which may be src itself."""
+    T, heads, E = src_THE.shape
+    if src_THE.stride(-1) != 1:
+        src_THE = src_THE.contiguous()
+    block = next_power_of_2(E // 2)
+    tokens = max(1, 1024 // block)
+    launch(
+        _rotate, (cdiv(T, tokens), cdiv(heads, HEADS)),
+        src_THE, dst_THE, rotation.cos_TE, rotation.sin_TE, T, heads, E // 2,
+        *src_THE.stride()[:2], *dst_THE.stride()[:2], sign,
+        HEADS=HEADS, BLOCK_T=tokens, BLOCK_E=block, num_warps=4,
+    )  # fmt: skip
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -103,7 +151,50 @@ class _SplitRope(torch.autograd.Function):
         _rotate_into(dx[:, :H], dq_THE, rotation, -1.0)
         _rotate_into(dx[:, H : H + G], dk_TGE, rotation, -1.0)
         dx[:, H + G :] = dv_TGE
-        return dx.view(T, -1), None, None, None
+        return dx.flatten(1), None, None, None
+
+
+class _FusedRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TE, sin_TE)
+        y_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
+        _launch_rotate(y_THE, x_THE, Rotation(cos_TE, sin_TE), 1.0)
+        return y_THE
+
+    @staticmethod
+    def backward(ctx: Any, dy_THE: Tensor) -> tuple[Tensor, None, None]:
+        dx_THE = torch.empty_like(dy_THE, memory_format=torch.contiguous_format)
+        _launch_rotate(dx_THE, dy_THE, Rotation(*ctx.saved_tensors), -1.0)
+        return dx_THE, None, None
+
+
+class _FusedSplitRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_TN: Tensor, cos_TE: Tensor, sin_TE: Tensor, H: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        E = 2 * cos_TE.shape[-1]
+        T, N = qkv_TN.shape
+        x = qkv_TN.detach().view(T, N // E, E)
+        G = (x.shape[1] - H) // 2
+        ctx.save_for_backward(cos_TE, sin_TE)
+        turned = x[:, : H + G]
+        _launch_rotate(turned, turned, Rotation(cos_TE, sin_TE), 1.0)
+        return x[:, :H], x[:, H : H + G], x[:, H + G :]
+
+    @staticmethod
+    def backward(
+        ctx: Any, dq_THE: Tensor, dk_TGE: Tensor, dv_TGE: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        rotation = Rotation(*ctx.saved_tensors)
+        T, H, E = dq_THE.shape
+        G = dk_TGE.shape[1]
+        dx = dq_THE.new_empty(T, H + 2 * G, E)
+        _launch_rotate(dx[:, :H], dq_THE, rotation, -1.0)
+        _launch_rotate(dx[:, H : H + G], dk_TGE, rotation, -1.0)
+        dx[:, H + G :] = dv_TGE
+        return dx.flatten(1), None, None, None
 
 
 def rope(x_THE: Tensor, rotation: Rotation) -> Tensor:
@@ -121,12 +212,16 @@ def rope(x_THE: Tensor, rotation: Rotation) -> Tensor:
     """
     T, _, E = x_THE.shape
     _check(rotation, T, E)
-    y_THE: Tensor = _Rope.apply(x_THE, *rotation)
+    function = _FusedRope if uses_triton(x_THE, *rotation) else _Rope
+    y_THE: Tensor = function.apply(x_THE, *rotation)
     return y_THE
 
 
 def split_rope(qkv_TN: Tensor, rotation: Rotation, num_heads: int) -> Heads:
     """Split the fused projection into heads and rotate queries and keys.
+
+    The projection's memory belongs to the result: on a GPU its queries and keys are rotated in
+    place, so nothing else may read qkv_TN afterwards.
 
     Args:
         qkv_TN: (T, (H + 2G) * E) contiguous: H query heads, G key heads, G value heads.
@@ -141,7 +236,8 @@ def split_rope(qkv_TN: Tensor, rotation: Rotation, num_heads: int) -> Heads:
     _check(rotation, T, E)
     if N % E or num_heads >= N // E or (N // E - num_heads) % 2:
         raise ValueError(f"{N} columns are not {num_heads} query heads and pairs of width {E}")
-    return Heads(*_SplitRope.apply(qkv_TN, *rotation, num_heads))
+    function = _FusedSplitRope if uses_triton(qkv_TN, *rotation) else _SplitRope
+    return Heads(*function.apply(qkv_TN, *rotation, num_heads))
 
 
 def _check(rotation: Rotation, T: int, E: int) -> None:

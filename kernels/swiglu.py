@@ -4,7 +4,8 @@
 
 Shapes   T = packed tokens, F = feed-forward width. gate and up lie side by side in one (T, 2F)
          buffer, as the fused gate+up projection writes them.
-Numerics Loads and stores in the input dtype; the CPU's vectorised silu computes in float32.
+Numerics Loads and stores in the input dtype; the kernels compute in float32 and round h once, the
+         CPU path rounds silu(gate) too.
 Saved    gate_up only; h is the next projection's input and that one keeps it.
 Bound    Memory: forward moves 3*T*F elements, backward 5*T*F.
 """
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+
+BLOCK_F = 1024
+
 # ---- reference ---------------------------------------------------------------------------------
 
 
@@ -23,6 +28,40 @@ def swiglu_reference(gate_up_T2F: Tensor) -> Tensor:
     wide = torch.promote_types(gate_up_T2F.dtype, torch.float32)
     gate_TF, up_TF = gate_up_T2F.to(wide).chunk(2, dim=-1)
     return (gate_TF * torch.sigmoid(gate_TF) * up_TF).to(gate_up_T2F.dtype)
+
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@jit
+def _swiglu_fwd(gate_up_ptr, h_ptr, F, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up_ptr + t * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + t * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
+    h = gate * tl.sigmoid(gate) * up
+    tl.store(h_ptr + t * F + f, h.to(h_ptr.dtype.element_ty), mask=f < F)
+
+
+@jit
+def _swiglu_bwd(dh_ptr, gate_up_ptr, dgate_up_ptr, F, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dh = tl.load(dh_ptr + t * F + f, mask=f < F, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + t * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + t * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    silu = gate * s
+    # silu' = s + silu (1 - s)
+    dgate = dh * up * (s + silu * (1.0 - s))
+    narrow = dgate_up_ptr.dtype.element_ty
+    tl.store(dgate_up_ptr + t * 2 * F + f, dgate.to(narrow), mask=f < F)
+    tl.store(dgate_up_ptr + t * 2 * F + F + f, (dh * silu).to(narrow), mask=f < F)
+
+
+def _over_rows(kernel: Any, T: int, F: int, *tensors: Tensor) -> None:
+    block = min(BLOCK_F, next_power_of_2(F))
+    launch(kernel, (T, cdiv(F, block)), *tensors, F, BLOCK=block, num_warps=4)
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -46,6 +85,24 @@ class _SwiGLU(torch.autograd.Function):
         return dgate_up_T2F
 
 
+class _FusedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_T2F: Tensor) -> Tensor:
+        gate_up_T2F = gate_up_T2F.contiguous()
+        ctx.save_for_backward(gate_up_T2F)
+        T, F = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+        h_TF = gate_up_T2F.new_empty(T, F)
+        _over_rows(_swiglu_fwd, T, F, gate_up_T2F, h_TF)
+        return h_TF
+
+    @staticmethod
+    def backward(ctx: Any, dh_TF: Tensor) -> Tensor:
+        (gate_up_T2F,) = ctx.saved_tensors
+        dgate_up_T2F = torch.empty_like(gate_up_T2F)
+        _over_rows(_swiglu_bwd, *dh_TF.shape, dh_TF.contiguous(), gate_up_T2F, dgate_up_T2F)
+        return dgate_up_T2F
+
+
 def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """Gate the second half of each row by silu of the first half.
 
@@ -60,5 +117,6 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """
     if gate_up_T2F.ndim != 2 or gate_up_T2F.shape[1] % 2:
         raise ValueError(f"swiglu needs gate_up_T2F (T, 2F), got {tuple(gate_up_T2F.shape)}")
-    h_TF: Tensor = _SwiGLU.apply(gate_up_T2F)
+    function = _FusedSwiGLU if uses_triton(gate_up_T2F) else _SwiGLU
+    h_TF: Tensor = function.apply(gate_up_T2F)
     return h_TF

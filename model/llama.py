@@ -24,6 +24,7 @@ from bioinstruct.kernels import (
     Dropout,
     Heads,
     Rotation,
+    add_rmsnorm,
     attention,
     lora_linear,
     rmsnorm,
@@ -94,8 +95,8 @@ class Block(nn.Module):
         h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
         heads = split_rope(linear("qkv", h_TD, self.qkv_ND), rotation, self.config.num_heads)
         o_THE = attend(self.layer, heads)
-        x_TD = x_TD + linear("o", o_THE.flatten(1), self.o_DM)
-        h_TD = rmsnorm(x_TD, self.mlp_norm_D, self.config.norm_eps)
+        o_TD = linear("o", o_THE.flatten(1), self.o_DM)
+        x_TD, h_TD = add_rmsnorm(x_TD, o_TD, self.mlp_norm_D, self.config.norm_eps)
         h_TF = swiglu(linear("gate_up", h_TD, self.gate_up_2FD))
         return x_TD + linear("down", h_TF, self.down_DF)
 

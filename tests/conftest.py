@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-from bioinstruct.model import Llm, load
-from bioinstruct.train.demo import fetch
-
 # with a workspace of fixed size cuBLAS is deterministic, and poisoned_empty below lets it run
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# kernels are made when their modules are imported, to be interpreted where there is no GPU; which
+# tests run them is the tests' own choice (dispatch.forced), so that the others see the CPU's path
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from bioinstruct.model import Llm, load  # noqa: E402
+from bioinstruct.train.demo import fetch  # noqa: E402
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,0 +1,319 @@
+"""The memory-bound passes of a LoRA linear: one read of x or dy each, a rank's width of output.
+
+    t  = s (m*x) A^T              shrink
+    ds = s dy B,   dB = dy^T t    shrink_dy, one read of dy for both
+    dA = ds^T (m*x)               gradient_of_a
+    G  = m*(ds A)                 masked_expand, which a library GEMM then adds dy W to
+
+m is the dropout mask of the branch's input (inverted scale included); it is computed where it is
+used. Sums over tokens or columns are split over programs; each writes a float32 part, and a second
+kernel adds the parts in their order. No atomics, so a result is the same bits every time.
+
+Shapes   T = packed tokens, K = input features, N = output features, R = rank, C = column blocks,
+         P = row splits.
+Numerics Operands in the activations' dtype (A and B are cast from their float32 masters), products
+         and parts in float32, one rounding at the end.
+Bound    Memory: shrink and gradient_of_a read T*K elements, shrink_dy T*N, masked_expand writes
+         T*K; the parts are 4*R*(C*T + P*N) and 4*R*P*K bytes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bioinstruct.kernels.dispatch import (
+    INTERPRETED,
+    cdiv,
+    dot,
+    jit,
+    launch,
+    next_power_of_2,
+    tl,
+)
+from bioinstruct.kernels.dropout import Dropout, keep_lanes
+
+MAX_RANK = 64
+"""Above it a rank's tile no longer fits beside the activations', and library GEMMs take over."""
+PROGRAMS = 256
+"""Wanted programs of a split sum, about two a multiprocessor; fixed, so that sums are, too."""
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@jit
+def _masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl.constexpr):
+    """x where the mask keeps, else 0; the mask's scale is the caller's."""
+    positions = tl.load(positions_ptr + t, mask=t < T, other=0)
+    draws = tl.load(draws_ptr + t, mask=t < T, other=0)
+    keep = keep_lanes(seed, site, positions, draws, first, q, EIGHTHS)
+    return tl.where(keep, x, 0.0)
+
+
+@jit(do_not_specialize=["seed", "site", "q"])
+def _shrink(
+    x_ptr, a_ptr, t_ptr, positions_ptr, draws_ptr, T, K, R, x_stride, a_stride, t_stride, scale,
+    seed, site, q, DROP: tl.constexpr, UP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + t * x_stride + k[None, :], mask=(t < T) & (k[None, :] < K), other=0.0)
+        if DROP:
+            x = _masked(
+                x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8
+            ).to(x_ptr.dtype.element_ty)
+        a = tl.load(
+            a_ptr + r[None, :] * a_stride + k[:, None],
+            mask=(r[None, :] < R) & (k[:, None] < K),
+            other=0.0,
+        )
+        acc = dot(x, a.to(x_ptr.dtype.element_ty), acc, UP)
+    out = (acc * scale).to(t_ptr.dtype.element_ty)
+    tl.store(t_ptr + t * t_stride + r[None, :], out, mask=(t < T) & (r[None, :] < R))
+
+
+@jit
+def _shrink_dy(
+    dy_ptr, b_ptr, t_ptr, ds_ptr, db_ptr, T, N, R, dy_stride, t_stride, ROWS,
+    UP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # program (c, p) owns BLOCK_N columns and ROWS rows: part c of their ds, part p of their dB
+    c, p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    n = c * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)[None, :]
+    narrow = dy_ptr.dtype.element_ty
+    b_mask = (n[:, None] < N) & (r < R)
+    b = tl.load(b_ptr + n[:, None] * R + r, mask=b_mask, other=0.0).to(narrow)
+    db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for start in range(p * ROWS, tl.minimum((p + 1) * ROWS, T), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)[:, None]
+        dy = tl.load(
+            dy_ptr + t * dy_stride + n[None, :], mask=(t < T) & (n[None, :] < N), other=0.0
+        )
+        ds = dot(dy, b, tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32), UP)
+        tl.store(ds_ptr + (c * T + t) * R + r, ds, mask=(t < T) & (r < R))
+        s = tl.load(t_ptr + t * t_stride + r, mask=(t < T) & (r < R), other=0.0)
+        db = dot(tl.trans(dy), s, db, UP)
+    tl.store(db_ptr + (p * N + n[:, None]) * R + r, db, mask=b_mask)
+
+
+@jit(do_not_specialize=["seed", "site", "q"])
+def _gradient_of_a(
+    ds_ptr, x_ptr, da_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, x_stride, ROWS,
+    seed, site, q, DROP: tl.constexpr, UP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # program (k, p) owns BLOCK_K columns and ROWS rows: part p of the columns' dA
+    p = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK_K
+    k = (first + tl.arange(0, BLOCK_K))[None, :]
+    r = tl.arange(0, BLOCK_R)
+    da = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for start in range(p * ROWS, tl.minimum((p + 1) * ROWS, T), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        x = tl.load(x_ptr + t[:, None] * x_stride + k, mask=(t[:, None] < T) & (k < K), other=0.0)
+        if DROP:
+            x = _masked(
+                x, positions_ptr, draws_ptr, seed, site, t[:, None], T, first // 8, q, BLOCK_K // 8
+            ).to(x_ptr.dtype.element_ty)
+        ds = tl.load(
+            ds_ptr + t[None, :] * ds_stride + r[:, None],
+            mask=(t[None, :] < T) & (r[:, None] < R),
+            other=0.0,
+        )
+        da = dot(ds, x, da, UP)
+    tl.store(da_ptr + (p * R + r[:, None]) * K + k, da, mask=(r[:, None] < R) & (k < K))
+
+
+@jit(do_not_specialize=["seed", "site", "q"])
+def _masked_expand(
+    ds_ptr, a_ptr, g_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, a_stride, scale,
+    seed, site, q, UP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    first = tl.program_id(1) * BLOCK_K
+    k = (first + tl.arange(0, BLOCK_K))[None, :]
+    r = tl.arange(0, BLOCK_R)
+    narrow = g_ptr.dtype.element_ty
+    ds = tl.load(ds_ptr + t * ds_stride + r[None, :], mask=(t < T) & (r[None, :] < R), other=0.0)
+    a = tl.load(a_ptr + r[:, None] * a_stride + k, mask=(r[:, None] < R) & (k < K), other=0.0)
+    g = dot(ds, a.to(narrow), tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32), UP)
+    g = _masked(g, positions_ptr, draws_ptr, seed, site, t, T, first // 8, q, BLOCK_K // 8)
+    tl.store(g_ptr + t * K + k, (g * scale).to(narrow), mask=(t < T) & (k < K))
+
+
+@jit
+def _sum_parts(
+    parts_ptr, out_ptr, P, size, columns, part_stride, out_stride, scale,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    part = parts_ptr + i
+    for _ in range(0, P):
+        total += tl.load(part, mask=i < size, other=0.0)
+        part += part_stride
+    place = out_ptr + i // columns * out_stride + i % columns
+    total = total * scale
+    if ADD:
+        total += tl.load(place, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+# ---- launches ----------------------------------------------------------------------------------
+
+
+def keep_scale(dropout: Dropout | None) -> float:
+    """What kept values are multiplied by."""
+    return 1.0 if dropout is None else 65536 / (65536 - dropout.dropped)
+
+
+def _mask_arguments(dropout: Dropout | None, site: int, some: Tensor) -> list[Any]:
+    """The mask's tensors and numbers, in the kernels' order; without a mask nothing reads them."""
+    if dropout is None:
+        return [some, some, 0, 0, 0]
+    return [dropout.positions_T, dropout.draws_T, dropout.seed, site, dropout.dropped]
+
+
+def _rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
+    """The rank's tile, at least the 16 a product takes on a GPU, and its warps.
+
+    Four warps below doubled_from and eight from there on is what spills on no architecture.
+    """
+    block = max(16, next_power_of_2(R))
+    return {"BLOCK_R": block, "num_warps": 4 if block < doubled_from else 8}
+
+
+def row_split(T: int, blocks: int, block_t: int) -> tuple[int, int]:
+    """(splits, rows of each) of T rows, so that splits times blocks is about PROGRAMS."""
+    wanted = max(1, min(cdiv(PROGRAMS, blocks), cdiv(T, block_t)))
+    rows = cdiv(cdiv(max(T, 1), wanted), block_t) * block_t
+    return cdiv(T, rows), rows
+
+
+def _sum_into(out: Tensor, parts: Tensor, scale: float, *, add: bool) -> None:
+    """out (+)= scale * the sum of parts over their first dimension; out's rows may be strided."""
+    size, columns = out.numel(), out.shape[1]
+    numbers = len(parts), size, columns, parts.stride(0), out.stride(0), scale
+    launch(_sum_parts, (cdiv(size, 1024),), parts, out, *numbers, ADD=add, BLOCK=1024, num_warps=4)
+
+
+def shrink(
+    x_TK: Tensor,
+    a_RK: Tensor,
+    t_TR: Tensor,
+    scale: float,
+    dropout: Dropout | None = None,
+    site: int = 0,
+) -> None:
+    """Write t = scale (m*x) A^T.
+
+    Args:
+        x_TK: (T, K) activations; rows may be strided.
+        a_RK: (R, K); rows may be strided.
+        t_TR: (T, R) in x's dtype; rows may be strided.
+        scale: of the branch.
+        dropout: mask of x, or None.
+        site: of the mask.
+    """
+    T, K = x_TK.shape
+    positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
+    launch(
+        _shrink, (cdiv(T, 64),), x_TK, a_RK, t_TR, positions, draws,
+        T, K, len(a_RK), x_TK.stride(0), a_RK.stride(0), t_TR.stride(0),
+        scale * keep_scale(dropout), *numbers,
+        DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=64, BLOCK_K=64,
+        **_rank_block(len(a_RK), 32), num_stages=3,
+    )  # fmt: skip
+
+
+def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: float) -> Tensor:
+    """Write ds = scale dy B, and return dB's parts.
+
+    Args:
+        dy_TN: (T, N) gradient of the branch's output; rows may be strided.
+        b_NR: (N, R) contiguous.
+        t_TR: (T, R) of the forward pass; rows may be strided.
+        ds_TR: (T, R) in dy's dtype; rows may be strided.
+        scale: of the branch.
+
+    Returns:
+        (P, N, R) float32, whose sum over P is dB.
+    """
+    (T, N), R = dy_TN.shape, b_NR.shape[1]
+    block_t, block_n = 32, 128
+    columns = cdiv(N, block_n)
+    splits, rows = row_split(T, columns, block_t)
+    ds_parts = dy_TN.new_empty(columns, T, R, dtype=torch.float32)
+    db_parts = dy_TN.new_empty(splits, N, R, dtype=torch.float32)
+    launch(
+        _shrink_dy, (columns, splits), dy_TN, b_NR, t_TR, ds_parts, db_parts,
+        T, N, R, dy_TN.stride(0), t_TR.stride(0), rows, UP=INTERPRETED,
+        BLOCK_T=block_t, BLOCK_N=block_n, **_rank_block(R), num_stages=3,
+    )  # fmt: skip
+    _sum_into(ds_TR, ds_parts, scale, add=False)
+    return db_parts
+
+
+def gradient_of_a(
+    ds_TR: Tensor, x_TK: Tensor, dropout: Dropout | None = None, site: int = 0
+) -> Tensor:
+    """Return (P, R, K) float32 parts, whose sum over P is dA without the mask's scale.
+
+    Args:
+        ds_TR: (T, R) in x's dtype; rows may be strided.
+        x_TK: (T, K) activations; rows may be strided.
+        dropout: mask of x, or None.
+        site: of the mask.
+    """
+    (T, K), R = x_TK.shape, ds_TR.shape[1]
+    block_t, block_k = 32, 128
+    splits, rows = row_split(T, cdiv(K, block_k), block_t)
+    parts = x_TK.new_empty(splits, R, K, dtype=torch.float32)
+    positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
+    launch(
+        _gradient_of_a, (cdiv(K, block_k), splits), ds_TR, x_TK, parts, positions, draws,
+        T, K, R, ds_TR.stride(0), x_TK.stride(0), rows, *numbers,
+        DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_K=block_k,
+        **_rank_block(R), num_stages=3,
+    )  # fmt: skip
+    return parts
+
+
+def masked_expand(ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int) -> Tensor:
+    """Return G = m*(ds A), (T, K) in ds's dtype.
+
+    Args:
+        ds_TR: (T, R); rows may be strided.
+        a_RK: (R, K); rows may be strided.
+        dropout: the mask of the branch's input.
+        site: of the mask.
+    """
+    T, (R, K) = len(ds_TR), a_RK.shape
+    g_TK = ds_TR.new_empty(T, K)
+    positions, draws, *numbers = _mask_arguments(dropout, site, ds_TR)
+    launch(
+        _masked_expand, (cdiv(T, 32), cdiv(K, 128)), ds_TR, a_RK, g_TK, positions, draws,
+        T, K, R, ds_TR.stride(0), a_RK.stride(0), keep_scale(dropout), *numbers, UP=INTERPRETED,
+        BLOCK_T=32, BLOCK_K=128, **_rank_block(R),
+    )  # fmt: skip
+    return g_TK
+
+
+def add_gradient(master: Tensor, parts: Tensor, scale: float = 1.0) -> Tensor | None:
+    """Add scale times the parts' sum to the master's gradient where it has one, and return None.
+
+    Without one, return the gradient for autograd to store. Adding here saves a pass over a
+    gradient of the master's size, and its allocation.
+    """
+    if master.grad is not None and master.grad.is_contiguous():
+        _sum_into(master.grad, parts, scale, add=True)
+        return None
+    gradient = torch.empty_like(master)
+    _sum_into(gradient, parts, scale, add=False)
+    return gradient
