@@ -36,7 +36,8 @@ GGUF_SPLITS = {
     "llama-bpe": LLAMA3,
     "qwen2": QWEN2,
 }
-NORMAL = 1  # type of a token in a GGUF vocabulary; 2 unknown, 3 control, 4 user-defined, 5 unused
+# types of a token in a GGUF vocabulary; 2 is unknown, 4 user-defined
+NORMAL, CONTROL, UNUSED = 1, 3, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,19 @@ def _isolated(step: Fields) -> str:
         step.refuse("behavior", "only Isolated is supported")
     if step.boolean("invert", False):
         step.refuse("invert", "only false is supported")
+    return with_rest(pattern)
+
+
+def with_rest(pattern: str) -> str:
+    """Return a pattern that also matches what lies between the matches of a pattern."""
     return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def split_name(pattern: str) -> str | None:
+    """Return GGUF's name of a split into words, if it has one."""
+    return next(
+        (name for name, own in GGUF_SPLITS.items() if pattern in (own, with_rest(own))), None
+    )
 
 
 def _nfc(root: Fields) -> bool:

@@ -19,8 +19,15 @@ from pathlib import Path
 import regex  # what tiktoken itself depends on
 import tiktoken
 
-from bioinstruct.model.bpe_files import ByteVocabulary
-from bioinstruct.model.tokenizer import Tokenizer
+from bioinstruct.model.bpe_files import (
+    CONTROL,
+    GGUF_SPLITS,
+    NORMAL,
+    UNUSED,
+    ByteVocabulary,
+    split_name,
+)
+from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 
 # tiktoken's matcher overflows its stack on a run of a million blanks
 MAX_BLANKS = 500_000
@@ -70,6 +77,7 @@ class ByteBPE(Tokenizer):
             lossless=not vocabulary.nfc,
             identity=_identity(vocabulary),
         )
+        self._vocabulary = vocabulary
         ranks = _ranks(vocabulary, source)
         self._nfc, self._pattern = vocabulary.nfc, vocabulary.pattern
         self._ids = {rank: vocabulary.tokens[text] for text, rank in ranks.items()}
@@ -82,6 +90,23 @@ class ByteBPE(Tokenizer):
 
     def lacking(self, text: str) -> list[int]:
         return sorted(set(text.encode("utf-8")) & set(self._lacking))
+
+    def gguf_words(self) -> GgufWords:
+        vocabulary = self._vocabulary
+        pre = split_name(vocabulary.pattern)
+        if pre is None:
+            raise ValueError(
+                f"{self.source}: GGUF has no name for how this tokenizer splits words; known are "
+                f"the splits of {', '.join(GGUF_SPLITS)}"
+            )
+        texts = [f"[PAD{token}]" for token in range(self.vocab_size)]
+        types = [UNUSED] * self.vocab_size
+        for text, token in vocabulary.tokens.items():
+            texts[token], types[token] = text, NORMAL
+        for text, token in vocabulary.controls.items():
+            texts[token], types[token] = text, CONTROL
+        merges = [f"{left} {right}" for left, right in vocabulary.merges]
+        return GgufWords("gpt2", pre, texts, types, None, merges)
 
     def _encode(self, text: str) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self._nfc else text

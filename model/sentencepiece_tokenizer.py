@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from bioinstruct.model.tokenizer import Tokenizer
+from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 from bioinstruct.model.tokenizer_config import read_declared
 
 BLANK = "\u2581"
@@ -84,6 +84,31 @@ class Sentencepiece(Tokenizer):
         unknown = self._inner.unk_id()
         found = (char for char in set(text) if unknown in self._encode_continuation(char))
         return sorted({byte for char in found for byte in char.encode("utf-8")})
+
+    def gguf_words(self) -> GgufWords:
+        model, names = self._opening, {token: name for name, token in self._controls.items()}
+        own = model.vocab_size()
+        types = []
+        for token in range(self.vocab_size):
+            unknown = token < own and model.is_unknown(token)
+            byte = token < own and model.is_byte(token)
+            unused = token not in names if token >= own else model.is_unused(token)
+            control = token in names
+            types.append(2 if unknown else 3 if control else 6 if byte else 5 if unused else 1)
+        return GgufWords(
+            model="llama",
+            pre=None,
+            texts=[
+                model.id_to_piece(token) if token < own else names.get(token, f"[PAD{token}]")
+                for token in range(self.vocab_size)
+            ],
+            types=types,
+            scores=[
+                model.get_score(token) if token < own else -1000.0
+                for token in range(self.vocab_size)
+            ],
+            merges=None,
+        )
 
     def _encode(self, text: str) -> list[int]:
         first, *others = text.split(BLANK)

@@ -16,11 +16,6 @@ from torch import Tensor
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
-PICKLED = (
-    "pickled weights, which may run code when opened; reading them comes in a later version, "
-    "until then convert the model to safetensors"
-)
-
 
 class StoredTensor(NamedTuple):
     """One tensor of a weights file."""
@@ -49,8 +44,12 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118  not a dict
 
 
-def check_start(path: Path) -> None:
+def check_start(path: Path, *, pickled: bool = False) -> None:
     """Refuse a file whose first bytes show that something else was saved under its name.
+
+    Args:
+        path: the file.
+        pickled: whether PyTorch's pickled files are what is expected.
 
     Raises:
         ValueError: the file is missing or empty, a Git LFS pointer, a web page, or a pickle.
@@ -71,8 +70,12 @@ def check_start(path: Path) -> None:
             "link, and for gated models a login"
         )
     # a zip archive and protocols 2 to 5 of pickle
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise ValueError(f"{path}: {PICKLED}")
+    starts = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if start.startswith(starts) and not pickled:
+        raise ValueError(
+            f"{path}: holds pickled weights under a name that says otherwise; rename it to "
+            "pytorch_model.bin (Meta's files: consolidated.00.pth beside their params.json)"
+        )
 
 
 def _stored(file: Any, name: str) -> StoredTensor:

@@ -20,11 +20,27 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bioinstruct.model import gguf_header
 
+WEIGHTS = (".safetensors", ".bin", ".pth", ".index.json")
 # what is looked for in a folder; the first pattern that is met wins
 PATTERNS = ("tokenizer.model", "*.model", "*.model.v*", "tokenizer.json", "*.gguf")
+
+
+class GgufWords(NamedTuple):
+    """A vocabulary as GGUF files hold it."""
+
+    model: str
+    """llama (sentencepiece) or gpt2 (byte-level BPE)."""
+    pre: str | None
+    """Name of the split into words, for gpt2."""
+    texts: list[str]
+    types: list[int]
+    """1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+    scores: list[float] | None
+    merges: list[str] | None
 
 
 class Tokenizer(ABC):
@@ -144,6 +160,14 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def gguf_words(self) -> GgufWords:
+        """Return the vocabulary as a GGUF file holds it.
+
+        Raises:
+            ValueError: GGUF has no form for this kind of tokenizer.
+        """
+
+    @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
     @abstractmethod
@@ -169,7 +193,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Args:
         path: a sentencepiece model, tokenizer.json or GGUF file; or a folder: the first of PATTERNS
             found in it, else in the folder above, is taken (`source` of the result says which).
-            A .safetensors file stands for its folder.
+            A file of weights other than GGUF stands for its folder.
 
     Raises:
         OSError: a file cannot be read.
@@ -177,7 +201,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.exists():
         raise ValueError(f"no tokenizer can be read from {path}: there is no such file or folder")
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and not path.name.endswith(WEIGHTS):
         return _load_file(path)
     folder = (path if path.is_dir() else path.parent).resolve()
     places = [(folder, pattern) for pattern in PATTERNS]
