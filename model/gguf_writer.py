@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,19 @@ def save_gguf(
         raise ValueError(f"{path} exists; choose another name")
     gguf = _gguf()
     words = tokenizer.gguf_words()
-    with replaces(path) as temporary:
-        arch = config.family if config.family != "mistral" else "llama"
-        writer = gguf.GGUFWriter(temporary, arch)
+    arch = config.family if config.family != "mistral" else "llama"
+    with replaces(path) as temporary, closing(gguf.GGUFWriter(temporary, arch)) as writer:
         _add_shape(gguf, writer, config)
         _add_words(writer, tokenizer, words, config.vocab_size)
         writer.add_file_type(FILE_TYPES[kind])
         stretch = _divisors(config)
-        plan = dict(config.tensor_shapes())
-        types = {name: _type(gguf, name, shape, kind) for name, shape in plan.items()}
         if stretch is not None:
             writer.add_tensor_info(_ROPE, stretch.shape, stretch.dtype, stretch.nbytes)
+        plan = config.tensor_shapes()
+        types = {name: _type(gguf, shape, kind) for name, shape in plan.items()}
         for name, shape in plan.items():
-            size = _bytes(gguf, shape, types[name])
-            own = _gguf_name(name)
-            writer.add_tensor_info(own, shape, np.dtype(np.float32), size, types[name])
+            size, float32 = _bytes(gguf, shape, types[name]), np.dtype(np.float32)
+            writer.add_tensor_info(_gguf_name(name), shape, float32, size, types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -80,7 +79,6 @@ def save_gguf(
         for (name, tensor), expected in zip(tensors, plan, strict=True):
             assert name == expected
             writer.write_tensor_data(_stored(gguf, name, tensor, config, types[name]))
-        writer.close()
 
 
 def _gguf() -> Any:
@@ -136,7 +134,7 @@ def _divisors(config: LlamaConfig) -> np.ndarray[Any, np.dtype[np.float32]] | No
     return np.array(divisors, dtype=np.float32)
 
 
-def _type(gguf: Any, name: str, shape: tuple[int, ...], kind: str) -> Any:
+def _type(gguf: Any, shape: tuple[int, ...], kind: str) -> Any:
     types = gguf.GGMLQuantizationType
     if len(shape) == 1 or kind == "f32":
         return types.F32
@@ -165,6 +163,6 @@ def _stored(
         tensor = permute_rows(tensor, heads[part])
     wide = np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy())
     largest = float(np.abs(wide).max(initial=0.0))
-    if not largest <= (np.finfo(np.float16).max if kind.name != "F32" else math.inf):
+    if not largest <= (float(np.finfo(np.float16).max) if kind.name != "F32" else math.inf):
         raise ValueError(f"{name} reaches {largest:g}, which {kind.name} cannot hold; use f32")
     return np.asarray(gguf.quants.quantize(wide, kind))
