@@ -27,6 +27,7 @@ from bioinstruct.model.bpe_files import (
     ByteVocabulary,
     split_name,
 )
+from bioinstruct.model.byte_alphabet import ALPHABET
 from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 
 # tiktoken's matcher overflows its stack on a run of a million blanks
@@ -35,19 +36,6 @@ MAX_BLANKS = 500_000
 MAX_ID = 1 << 24
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Return the printable character for each byte, as GPT-2 chose them: character -> byte.
-
-    Bytes that are printable in Latin-1 stand for themselves, the others for U+0100 and on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + index): byte for index, byte in enumerate(hidden)
-    }
-
-
-ALPHABET = byte_alphabet()
 Order = Mapping[tuple[str, str], int]  # pair of pieces -> its place in the list of merges
 Made = tuple[str, str, int]  # two pieces that were joined, and the place of the merge
 
@@ -105,7 +93,8 @@ class ByteBPE(Tokenizer):
             texts[token], types[token] = text, NORMAL
         for text, token in vocabulary.controls.items():
             texts[token], types[token] = text, CONTROL
-        merges = [f"{left} {right}" for left, right in vocabulary.merges]
+        pairs = _pairs_of_ranks(vocabulary) if vocabulary.ranked else vocabulary.merges
+        merges = [f"{left} {right}" for left, right in pairs]
         return GgufWords("gpt2", pre, texts, types, None, merges)
 
     def _encode(self, text: str) -> list[int]:
@@ -175,6 +164,8 @@ def _identity(vocabulary: ByteVocabulary) -> list[bytes]:
 
 def _ranks(vocabulary: ByteVocabulary, source: Path) -> dict[str, int]:
     """Token -> rank: single bytes first, then each token by the merge that makes it."""
+    if vocabulary.ranked:
+        return dict(vocabulary.tokens)
     order = _order(vocabulary, source)
     ranks = {text: byte for text, byte in ALPHABET.items() if text in vocabulary.tokens}
     made = _made(order)
@@ -279,6 +270,17 @@ def merge(symbols: Sequence[str], order: Order) -> tuple[list[str], int]:
         for near in range(max(at - 1, 0), min(at + 1, len(places))):
             places[near] = order.get((parts[near], parts[near + 1]), never)
     return parts, last
+
+
+def _pairs_of_ranks(vocabulary: ByteVocabulary) -> list[tuple[str, str]]:
+    """The merges of a vocabulary that states ranks: each way to make a token of two others."""
+    ids = vocabulary.tokens
+    pairs = []
+    for text in sorted(ids, key=ids.__getitem__):
+        ways = ((text[:at], text[at:]) for at in range(1, len(text)))
+        known = [way for way in ways if way[0] in ids and way[1] in ids]
+        pairs += sorted(known, key=lambda way: (ids[way[0]], ids[way[1]]))
+    return pairs
 
 
 def _encoding(ranks: dict[bytes, int], source: Path, pattern: str) -> tiktoken.Encoding:

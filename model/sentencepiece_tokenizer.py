@@ -19,6 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from bioinstruct.model.sentencepiece_files import Written
 from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 from bioinstruct.model.tokenizer_config import read_declared
 
@@ -36,7 +37,8 @@ class Sentencepiece(Tokenizer):
     """A sentencepiece model file, with what tokenizer_config.json beside it declares.
 
     Args:
-        source: the model file.
+        source: the model file, or the file that `written` was read from.
+        written: a model out of a file of another kind.
 
     Raises:
         OSError: it cannot be read.
@@ -45,8 +47,8 @@ class Sentencepiece(Tokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, source: Path) -> None:
-        model = _markers_to_control(source)
+    def __init__(self, source: Path, written: Written | None = None) -> None:
+        model = _markers_to_control(source) if written is None else written.model
         self._opening = _processor(model, source)
         self._inner = _processor(model + BARE, source)
         declared = read_declared(source.parent)
@@ -56,7 +58,11 @@ class Sentencepiece(Tokenizer):
             for token in range(own)
             if self._opening.is_control(token) or self._opening.is_unknown(token)
         }
-        added = {name: token for name, token in declared.added.items() if token >= own}
+        behind = declared.added if written is None else written.added | declared.added
+        added = {name: token for name, token in behind.items() if token >= own}
+        adds_bos = declared.adds_bos
+        if adds_bos is None and written is not None:
+            adds_bos = written.adds_bos
         size = max([own - 1, *added.values()]) + 1
         pieces = [self._piece(token) if token < own else b"" for token in range(size)]
         self._byte_ids = self._bytes_of_vocabulary()
@@ -68,7 +74,7 @@ class Sentencepiece(Tokenizer):
             bos_id=_declared_id(declared.bos, controls, self._opening.bos_id(), source),
             eos_id=_declared_id(declared.eos, controls, self._opening.eos_id(), source),
             # LLaMA's and Mistral's own code puts BOS before every sequence unless told otherwise
-            adds_bos=declared.adds_bos is not False,
+            adds_bos=adds_bos is not False,
             lossless=self._opening.normalize(PROBE) in (_blanked(PROBE), _blanked(" " + PROBE)),
             identity=[model],
         )
