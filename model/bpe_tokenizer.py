@@ -65,7 +65,7 @@ class ByteBPE(Tokenizer):
             lossless=not vocabulary.nfc,
             identity=_identity(vocabulary),
         )
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         ranks = _ranks(vocabulary, source)
         self._nfc, self._pattern = vocabulary.nfc, vocabulary.pattern
         self._ids = {rank: vocabulary.tokens[text] for text, rank in ranks.items()}
@@ -80,7 +80,7 @@ class ByteBPE(Tokenizer):
         return sorted(set(text.encode("utf-8")) & set(self._lacking))
 
     def gguf_words(self) -> GgufWords:
-        vocabulary = self._vocabulary
+        vocabulary = self.vocabulary
         pre = split_name(vocabulary.pattern)
         if pre is None:
             raise ValueError(

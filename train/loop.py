@@ -103,7 +103,7 @@ def prepare(run: Run) -> Prepared:
     )
     template = get_template(name, llm.tokenizer)
     limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
-    limits = Limits(limit, run.data.on_empty, run.data.on_overlong)
+    limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
     tokens, validation = _split(run, load_tokens(files, template, llm.tokenizer, limits))
     if isinstance(run.data.validation, str):
         held = _existing(run.data.validation, "data.validation")
@@ -141,13 +141,16 @@ def _split(run: Run, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None]:
     share = run.data.validation
     if isinstance(share, str) or share == 0:
         return tokens, None
-    held = max(1, round(share * len(tokens)))
-    if held >= len(tokens):
+    records = list(dict.fromkeys(tokens.places))  # the answers of a conversation stay together
+    held = max(1, round(share * len(records)))
+    if held >= len(records):
         raise ValueError(
-            f"data.validation = {share} of {len(tokens)} records leaves none to train on"
+            f"data.validation = {share} of {len(records)} records leaves none to train on"
         )
-    order = np.random.Philox(key=[run.train.seed, 1 << 40]).random_raw(len(tokens)).argsort()
-    return tokens.subset(sorted(order[held:])), tokens.subset(sorted(order[:held]))
+    order = np.random.Philox(key=[run.train.seed, 1 << 40]).random_raw(len(records)).argsort()
+    chosen = {records[i] for i in order[:held]}
+    left = [i for i, place in enumerate(tokens.places) if place not in chosen]
+    return tokens.subset(left), tokens.subset(sorted(set(range(len(tokens))) - set(left)))
 
 
 def dry_run(run: Run) -> None:

@@ -58,15 +58,17 @@ class ModelSettings:
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     path: tuple[str, ...] = ()
-    """Files of Alpaca records: .json or .jsonl, plain or .gz."""
+    """Files of Alpaca, `messages` or ShareGPT records: .json or .jsonl, plain or .gz."""
     validation: float | str = 0.0
     """Share of the records held out, or a file of records; 0 for none."""
     template: str = "auto"
-    """Prompt template; auto takes the one that fits the vocabulary."""
+    """Prompt template by name, or a .txt file; auto takes the one that fits the vocabulary."""
     max_tokens_per_pack: int = 4096
     """Tokens of one forward and backward pass; no record may be longer."""
     shuffle: bool = True
     """Draw the records of an epoch in random order."""
+    turns: str = "all"
+    """Which of a conversation's answers are learned: all | last."""
     on_empty: str = "error"
     """Records with an empty output: error | drop | keep (they teach the stop token alone)."""
     on_overlong: str = "error"
@@ -78,6 +80,7 @@ class DataSettings:
                 f"data.validation = {self.validation} must be a share below 1, or a file"
             )
         _positive("data.max_tokens_per_pack", self.max_tokens_per_pack)
+        _one_of("data.turns", self.turns, ("all", "last"))
         _one_of("data.on_empty", self.on_empty, ("error", "drop", "keep"))
         _one_of("data.on_overlong", self.on_overlong, ("error", "drop", "truncate"))
 
