@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bioinstruct.model.config import LlamaConfig
@@ -29,7 +28,12 @@ from bioinstruct.model.fields import shown
 from bioinstruct.model.gguf_header import gguf_parts
 from bioinstruct.model.meta_files import SHARDS, meta_shards, read_meta
 from bioinstruct.model.pickled import read_pickled
-from bioinstruct.model.stored import StoredTensor, check_start, read_safetensors
+from bioinstruct.model.stored import (
+    StoredTensor,
+    check_start,
+    read_safetensors,
+    write_safetensors,
+)
 from bioinstruct.synth.files import replaces, write_text
 
 SINGLE = "model.safetensors"
@@ -303,9 +307,10 @@ def _write_weights(
     total_bytes = 0
     for number, shard in enumerate(_grouped(pairs, max_shard_bytes)):
         with replaces(folder / f"shard-{number}") as file:
-            save_file(shard, file, metadata={"format": "pt"})
+            write_safetensors(file, shard)
         shards.append(list(shard))
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # before the next one is collected
     # how many there are is known only now
     count = len(shards)
     files = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bioinstruct.model.checkpoint import INDEX, SINGLE, open_checkpoint, save_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.stored import read_safetensors
+from bioinstruct.model.stored import read_safetensors, write_safetensors
 
 TINY = LlamaConfig(
     vocab_size=11,
@@ -224,6 +224,43 @@ def test_junk_instead_of_weights(folder: Path, kind: str) -> None:
     with pytest.raises(ValueError, match=f"{SINGLE}: .*{message}") as caught:
         open_checkpoint(folder)
     assert "\n" not in str(caught.value)
+
+
+HOSTILE = {
+    "overlap": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+    "twice": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',
+    "10 GB": '{"a":{"dtype":"F32","shape":[2500000000],"data_offsets":[0,10000000000]}}',
+    "negative": '{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}',
+    "size": '{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
+    "hole": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_headers_that_lie_are_refused(folder: Path, kind: str) -> None:
+    header = HOSTILE[kind].encode()
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    with pytest.raises(ValueError, match="not a whole safetensors file") as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_length_of_ten_gigabytes(folder: Path) -> None:
+    (folder / SINGLE).write_bytes((10**10).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_we_write_is_what_the_library_writes(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"b": torch.randn(3, 5).to(dtype), "a": torch.randn(7).to(dtype)}
+    write_safetensors(tmp_path / "ours", tensors)
+    read = load_file(tmp_path / "ours")
+    assert same(read, tensors)
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
