@@ -115,19 +115,8 @@ def generate(
     Raises:
         ValueError: an empty prompt, or arguments out of range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    _check(model, prompts, max_new_tokens, seeds)
     how = sampling or Sampling(temperature=temperature, seed=seed)
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} has no tokens; there is nothing to continue")
-        if len(prompt) + max_new_tokens > model.config.max_positions:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, with {max_new_tokens} new ones more than "
-                f"the model's {model.config.max_positions}; shorten it or lower max_new_tokens"
-            )
     results: list[Completion | None] = [None] * len(prompts)
     done = 0
     for batch in _batches(model, prompts, max_new_tokens):
@@ -144,6 +133,26 @@ def generate(
         if on_progress is not None:
             on_progress(done)
     return [completion for completion in results if completion is not None]
+
+
+def _check(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seeds: Sequence[int] | None,
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} has no tokens; there is nothing to continue")
+        if len(prompt) + max_new_tokens > model.config.max_positions:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, with {max_new_tokens} new ones more than "
+                f"the model's {model.config.max_positions}; shorten it or lower max_new_tokens"
+            )
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -216,7 +216,10 @@ def get_template(name: str, tokenizer: Tokenizer) -> Template:
         ValueError: no template is so called, or the vocabulary lacks one of its control tokens.
     """
     if name.endswith(".txt"):
-        return _checked(_of_file(Path(name)), tokenizer)
+        # it builds on this module
+        from bioinstruct.model.template_file import read_template
+
+        return _checked(read_template(Path(name)), tokenizer)
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -235,46 +238,6 @@ def _checked(template: Template, tokenizer: Tokenizer) -> Template:
             f"{tokenizer.source} lacks; templates that fit it: {', '.join(fitting) or 'none'}"
         )
     return template
-
-
-def _of_file(path: Path) -> Template:
-    """The user's own template: a text with {instruction}, {input} and, at its end, {output}.
-
-    Paragraphs, which blank lines separate, that hold {input} are left out for records without one.
-    Other braces are text. The answer ends in the tokenizer's end-of-sequence token.
-    """
-    if not path.is_file():
-        raise ValueError(f"data.template: there is no file {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: a template must be UTF-8 text") from None
-    for field in ("{instruction}", "{input}", "{output}"):
-        count = text.count(field)
-        if count != 1 and (field != "{input}" or count > 1):
-            raise ValueError(f"{path}: a template holds {field} once, not {count} times")
-    prompt, _, rest = text.partition("{output}")
-    if rest.strip():
-        raise ValueError(f"{path}: {{output}} must be the end of a template, not {rest[:40]!r}")
-    plain = "\n\n".join(part for part in prompt.split("\n\n") if "{input}" not in part)
-    if "{instruction}" not in plain:
-        raise ValueError(
-            f"{path}: {{instruction}} and {{input}} share a paragraph, so records without an input "
-            "would lose both; put a blank line between them"
-        )
-    return Template(
-        name=str(path),
-        prompt=(_escaped(prompt),),
-        prompt_without_input=(_escaped(plain),),
-        answer="{output}",
-        stop=END_OF_SEQUENCE,
-        opens_sequence=True,
-    )
-
-
-def _escaped(text: str) -> str:
-    doubled = text.replace("{", "{{").replace("}", "}}")
-    return doubled.replace("{{instruction}}", "{instruction}").replace("{{input}}", "{input}")
 
 
 def guess_template(tokenizer: Tokenizer) -> str:
