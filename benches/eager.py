@@ -43,7 +43,7 @@ class EagerLora(nn.Module):
 
     def trained(self) -> list[Tensor]:
         """A and B of every projection, in the order of the flat buffer."""
-        return [tensor for key in self.paths for tensor in (self.a[key], self.b[key])]
+        return [masters[key] for masters in (self.a, self.b) for key in self.paths]
 
     def linear(self, layer: int, target: str, x: Tensor) -> Tensor:
         """One projection and its adapter."""

@@ -1,23 +1,21 @@
 """LoRA adapters: which weights have one, where their masters lie, and PEFT's file format.
 
 All masters lie in one flat float32 buffer with a flat gradient beside it, so that the optimizer,
-the norm and the finiteness check see two vectors, whatever the number of layers. A is initialised
-as PEFT does it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own;
-B starts at zero.
+the norm and the finiteness check see two vectors, whatever the number of layers. All A come
+first, then all B, because LoRA+ gives them different learning rates. A is initialised as PEFT does
+it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own; B starts at
+zero.
 
 On disk: `adapter_model.safetensors` (float32, B unscaled) and `adapter_config.json` with PEFT's
-names and meaning: W' = W + scale * B A, scale = alpha / r.
+names and meaning (lora_settings.py, peft_config.py).
 
 Shapes   K input and N output features of a projection, R rank, P = all adapter parameters.
 """
 
-import difflib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -26,65 +24,16 @@ from torch import Tensor
 
 from bioinstruct.kernels import Branch
 from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.lora_settings import TARGETS, LoraSettings, module_path
+from bioinstruct.model.peft_config import CONFIG, read_settings, to_peft
 from bioinstruct.synth.files import replaces, write_text
+
+__all__ = ["CONFIG", "GROUPS", "TARGETS", "WEIGHTS", "Adapters", "LoraSettings", "Module"]
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 """Projections that share an input are one fused weight and one call."""
-TARGETS = {
-    "q_proj": ("qkv", "self_attn.q_proj"),
-    "k_proj": ("qkv", "self_attn.k_proj"),
-    "v_proj": ("qkv", "self_attn.v_proj"),
-    "o_proj": ("o", "self_attn.o_proj"),
-    "gate_proj": ("gate_up", "mlp.gate_proj"),
-    "up_proj": ("gate_up", "mlp.up_proj"),
-    "down_proj": ("down", "mlp.down_proj"),
-}
-"""PEFT's name of each projection -> its group and its path in a layer."""
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_STARTS = ("gaussian", "orthogonal", "eva")  # PEFT's other ones take the first A and B out of W
+WEIGHTS = "adapter_model.safetensors"
 _KEY = "base_model.model.model.layers.{layer}.{path}.lora_{which}.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """What defines an adapter beside its numbers."""
-
-    r: int = 16
-    """Rank, 1 to 256."""
-    alpha: float = 32.0
-    """The branches are scaled by alpha / r."""
-    dropout: float = 0.0
-    """Probability of dropping an input of the branches in training, 0 <= dropout < 1."""
-    targets: tuple[str, ...] = tuple(TARGETS)
-    """Adapted projections, by PEFT's names."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.r <= 256:
-            raise ValueError(f"lora.r = {self.r} is out of range; allowed are 1 to 256")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"lora.alpha = {self.alpha} must be a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout = {self.dropout} must be at least 0 and below 1")
-        if not self.targets:
-            raise ValueError(f"lora.targets is empty; allowed are {', '.join(TARGETS)}")
-        for target in self.targets:
-            _check_target(target)
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.r
-
-
-def _check_target(target: str) -> None:
-    if target in ("lm_head", "embed_tokens"):
-        raise ValueError(f"lora.targets: {target} cannot carry an adapter; leave it out")
-    if target not in TARGETS:
-        close = difflib.get_close_matches(target, TARGETS, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(
-            f"lora.targets: {target!r} is unknown; {hint}allowed are {', '.join(TARGETS)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +46,8 @@ class Module:
     b_NR: Tensor
     start: int
     """First row of this projection in its group's fused weight."""
+    scale: float
+    """What B A is multiplied by."""
 
     @property
     def path(self) -> str:
@@ -106,7 +57,7 @@ class Module:
     @property
     def name(self) -> str:
         """The tensor that it adapts, by its Hugging Face name."""
-        return f"model.layers.{self.layer}.{self.path}.weight"
+        return f"{module_path(self.layer, self.target)}.weight"
 
 
 class Adapters:
@@ -127,25 +78,29 @@ class Adapters:
         dtype: torch.dtype = torch.float32,
     ):
         self.settings = settings
+        if beyond := [layer for layer in settings.layers if not 0 <= layer < config.num_layers]:
+            raise ValueError(
+                f"lora.layers names layer {beyond[0]}; the model has 0 to {config.num_layers - 1}"
+            )
         shapes = projection_shapes(config)
-        chosen = [target for target in TARGETS if target in settings.targets]
-        sizes = [settings.r * sum(shapes[target][:2]) for target in chosen]
-        total = config.num_layers * sum(sizes)
-        self.flat_P = torch.zeros(total, device=device, dtype=dtype)
+        layers = sorted(set(settings.layers)) or range(config.num_layers)
+        chosen = [(i, target) for i in layers for target in TARGETS if target in settings.targets]
+        ranks = [settings.rank_of(module_path(*place)) for place in chosen]
+        sizes = [shapes[target] for _, target in chosen]
+        self.num_a = sum(R * K for R, (_, K, _) in zip(ranks, sizes, strict=True))
+        """Numbers of all A together, which are the first of the flat buffer."""
+        num_b = sum(R * N for R, (N, _, _) in zip(ranks, sizes, strict=True))
+        self.flat_P = torch.zeros(self.num_a + num_b, device=device, dtype=dtype)
         self.grad_P = torch.zeros_like(self.flat_P)
         self.modules: list[Module] = []
-        self._groups: dict[tuple[int, str], list[Branch]] = {}
-        offset = 0
-        for layer in range(config.num_layers):
-            for target in chosen:
-                N, K, start = shapes[target]
-                a_RK = self._view(offset, settings.r, K)
-                b_NR = self._view(offset + a_RK.numel(), N, settings.r)
-                offset += a_RK.numel() + b_NR.numel()
-                self.modules.append(Module(layer, target, a_RK, b_NR, start))
-                group = self._groups.setdefault((layer, TARGETS[target][0]), [])
-                group.append(Branch(a_RK, b_NR, start))
-        assert offset == total
+        self._groups: dict[tuple[int, str], list[Module]] = {}
+        start_a, start_b = 0, self.num_a
+        for place, R, (N, K, start) in zip(chosen, ranks, sizes, strict=True):
+            a_RK, b_NR = self._view(start_a, R, K), self._view(start_b, N, R)
+            start_a, start_b = start_a + R * K, start_b + N * R
+            module = Module(*place, a_RK, b_NR, start, settings.scale_of(module_path(*place)))
+            self.modules.append(module)
+            self._groups.setdefault((module.layer, TARGETS[module.target][0]), []).append(module)
 
     def _view(self, offset: int, rows: int, columns: int) -> Tensor:
         """A leaf whose data and gradient are parts of the flat buffers; autograd adds in place."""
@@ -155,8 +110,33 @@ class Adapters:
         return view
 
     def branches(self, layer: int, group: str) -> Sequence[Branch]:
-        """The adapters of one fused weight, in the order of its rows; may be empty."""
-        return self._groups.get((layer, group), ())
+        """The adapters of one fused weight, in the order of its rows; may be empty.
+
+        They are to be scaled by settings.scale, all alike: where a pattern gives a module another
+        scale, the quotient of the two is in its B.
+        """
+        modules, common = self._groups.get((layer, group), ()), self.settings.scale
+        return [
+            Branch(m.a_RK, m.b_NR if m.scale == common else m.b_NR * (m.scale / common), m.start)
+            for m in modules
+        ]
+
+    @classmethod
+    def starting(
+        cls, config: LlamaConfig, asked: LoraSettings, device: torch.device | str, seed: int
+    ) -> "Adapters":
+        """Adapters that are ready to train: new ones, or those of asked.init_from.
+
+        Raises:
+            ValueError: as for load; or asked contradicts the adapter that it continues.
+        """
+        if not asked.init_from:
+            new = cls(config, asked, device)
+            new.initialise(seed)
+            return new
+        found = cls.load(Path(asked.init_from), config, device)
+        found.settings = asked.continuing(found.settings)
+        return found
 
     def initialise(self, seed: int) -> None:
         """Draw A uniformly within +-1/sqrt(K) and set B to zero."""
@@ -184,7 +164,7 @@ class Adapters:
             written = safetensors.torch.load_file(temporary)
             if any(not torch.equal(written[key], tensor) for key, tensor in tensors.items()):
                 raise OSError(f"{folder / WEIGHTS} read back differently than it was written")
-        write_text(folder / CONFIG, json.dumps(_peft_config(self.settings, base_model), indent=2))
+        write_text(folder / CONFIG, json.dumps(to_peft(self.settings, base_model), indent=2))
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [
@@ -203,7 +183,7 @@ class Adapters:
             ValueError: missing files, settings this model does not compute, or tensors that are
                 missing, unknown, of the wrong shape or not finite; all in one list.
         """
-        settings = _read_settings(folder)
+        settings = read_settings(folder, config.num_layers)
         adapters = cls(config, settings, device)
         path = folder / WEIGHTS
         if not path.is_file():
@@ -246,75 +226,3 @@ def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
         "up_proj": (F, D, F),
         "down_proj": (D, F, 0),
     }
-
-
-def _peft_config(settings: LoraSettings, base_model: str) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": settings.r,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": sorted(settings.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
-        "layers_to_transform": None,
-    }
-
-
-def _read_settings(folder: Path) -> LoraSettings:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; give the folder of a PEFT adapter")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(config).__name__}")
-    # settings that change what the adapter computes, and the one value of each that we compute
-    computed = {
-        "peft_type": "LORA",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "alora_invocation_tokens": None,
-    }
-    for key, value in computed.items():
-        found = config.get(key, value)
-        if found != value and not (not found and not value):
-            raise ValueError(f"{path}: {key} = {found!r} is not supported; allowed is {value!r}")
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in _STARTS:
-        raise ValueError(
-            f"{path}: init_lora_weights = {start!r} means a changed base model; let peft convert "
-            "it to plain LoRA (save_pretrained, path_initial_model_for_weight_conversion)"
-        )
-    try:
-        targets = config["target_modules"]
-        if targets == "all-linear":
-            targets = list(TARGETS)
-        if not isinstance(targets, list):
-            raise ValueError(f"target_modules = {targets!r} must be a list of {', '.join(TARGETS)}")
-        return LoraSettings(
-            r=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config.get("lora_dropout", 0.0)),
-            targets=tuple(targets),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the field {error}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None

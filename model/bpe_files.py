@@ -36,7 +36,8 @@ GGUF_SPLITS = {
     "llama-bpe": LLAMA3,
     "qwen2": QWEN2,
 }
-NORMAL = 1  # type of a token in a GGUF vocabulary; 2 unknown, 3 control, 4 user-defined, 5 unused
+# types of a token in a GGUF vocabulary; 2 is unknown, 4 user-defined
+NORMAL, CONTROL, UNUSED = 1, 3, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class ByteVocabulary:
     """Name -> id of the tokens that no text is encoded to."""
     merges: list[tuple[str, str]]
     """Pairs of pieces, the first to be joined first."""
+    ranked: bool = False
+    """There are no merges: any neighbours that make a token are joined, the lowest id first."""
     pattern: str
     """Regular expression whose matches are the words."""
     whole_words: bool
@@ -73,14 +76,14 @@ def from_gguf(path: Path) -> ByteVocabulary:
     if fields.text("tokenizer.ggml.model") != "gpt2":
         fields.refuse(
             "tokenizer.ggml.model",
-            "only gpt2 (byte-level BPE) is read from GGUF; put the model's tokenizer.model or "
-            "tokenizer.json beside it and name that in model.tokenizer",
+            "only gpt2 (byte-level BPE) and llama (sentencepiece) are read from GGUF; put the "
+            "model's tokenizer.model or tokenizer.json beside it and name that in model.tokenizer",
         )
     split = fields.text("tokenizer.ggml.pre", "default")
     if split not in GGUF_SPLITS:
         fields.refuse("tokenizer.ggml.pre", f"it must be one of {', '.join(GGUF_SPLITS)}")
     texts = _texts(fields, "tokenizer.ggml.tokens")
-    types = _list(fields, "tokenizer.ggml.token_type")
+    types = listed(fields, "tokenizer.ggml.token_type")
     if len(types) != len(texts):
         raise ValueError(f"{path}: {len(texts)} tokens but {len(types)} token types")
     normal = [kind == NORMAL for kind in types]
@@ -88,7 +91,7 @@ def from_gguf(path: Path) -> ByteVocabulary:
     return ByteVocabulary(
         tokens={text: token for token, text in enumerate(texts) if normal[token]},
         controls={text: token for token, text in enumerate(texts) if not normal[token]},
-        merges=_merges(fields, "tokenizer.ggml.merges"),
+        merges=merges_of(fields, "tokenizer.ggml.merges"),
         pattern=GGUF_SPLITS[split],
         whole_words=llama3,
         nfc=False,
@@ -112,7 +115,7 @@ def from_json(path: Path) -> ByteVocabulary:
     if not all(type(token) is int for token in vocab.values()):
         raise ValueError(f"{path}: model.vocab: every id must be a whole number")
     declared = read_declared(path.parent)
-    controls = declared.added | _added(root)
+    controls = declared.added | added_tokens(root)
     opens = _opening_token(root)
     names = {"bos": declared.bos or opens, "eos": declared.eos}
     for name in filter(None, names.values()):
@@ -121,7 +124,7 @@ def from_json(path: Path) -> ByteVocabulary:
     return ByteVocabulary(
         tokens={text: token for text, token in vocab.items() if text not in controls},
         controls=controls,
-        merges=_merges(model, "merges"),
+        merges=merges_of(model, "merges"),
         pattern=_split(root),
         whole_words=model.boolean("ignore_merges", False),
         nfc=_nfc(root),
@@ -131,10 +134,10 @@ def from_json(path: Path) -> ByteVocabulary:
     )
 
 
-def _merges(fields: Fields, key: str) -> list[tuple[str, str]]:
-    """Each merge is written as "left right" or as a list of the two."""
+def merges_of(fields: Fields, key: str) -> list[tuple[str, str]]:
+    """Return the merges under key; each is written as "left right" or as a list of the two."""
     merges = []
-    for index, merge in enumerate(_list(fields, key)):
+    for index, merge in enumerate(listed(fields, key)):
         pair = tuple(merge.split(" ")) if isinstance(merge, str) else merge
         if not isinstance(pair, list | tuple) or [type(part) for part in pair] != [str, str]:
             raise ValueError(
@@ -145,13 +148,14 @@ def _merges(fields: Fields, key: str) -> list[tuple[str, str]]:
 
 
 def _texts(fields: Fields, key: str) -> list[str]:
-    found = _list(fields, key)
+    found = listed(fields, key)
     if not all(isinstance(text, str) for text in found):
         raise ValueError(f"{fields.source}: {key} must be a list of texts")
     return found
 
 
-def _list(fields: Fields, key: str) -> list[Any]:
+def listed(fields: Fields, key: str) -> list[Any]:
+    """Return the list under key."""
     found = fields.mapping.get(key)
     if not isinstance(found, list):
         fields.refuse(key, "it must be a list")
@@ -171,21 +175,20 @@ def _gguf_id(fields: Fields, key: str, size: int) -> int | None:
 
 def _check_model(model: Fields) -> None:
     kind = model.text("type", "BPE")
-    if kind != "BPE" or model.boolean("byte_fallback", False):
-        what = f"{kind} model" if kind != "BPE" else "sentencepiece-like BPE model (byte_fallback)"
+    if kind != "BPE":
         raise ValueError(
-            f"{model.source}: a {what} is not supported, only byte-level BPE; if the model has "
-            f"a sentencepiece tokenizer.model, put it beside this file"
+            f"{model.source}: a {kind} model is not supported, only BPE; if the model has a "
+            f"sentencepiece tokenizer.model, put it beside this file"
         )
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.mapping.get(key):
             model.refuse(key, "only byte-level BPE without it is supported")
 
 
-def _added(root: Fields) -> dict[str, int]:
-    """The added tokens, all of which count as control tokens: no user text is encoded to one."""
+def added_tokens(root: Fields) -> dict[str, int]:
+    """Return the added tokens, which all count as control tokens: no text is encoded to one."""
     added = {}
-    for index, entry in enumerate(_list(root, "added_tokens") if root.has("added_tokens") else []):
+    for index, entry in enumerate(listed(root, "added_tokens") if root.has("added_tokens") else []):
         fields = Fields(entry, f"{root.source}: added_tokens[{index}]")
         name = fields.text("content")
         if not name.strip():
@@ -196,7 +199,7 @@ def _added(root: Fields) -> dict[str, int]:
 
 def _split(root: Fields) -> str:
     """The pattern that does what the steps of pre_tokenizer do."""
-    steps = _steps(root, "pre_tokenizer", "pretokenizers")
+    steps = steps_of(root, "pre_tokenizer", "pretokenizers")
     kinds = [step.text("type") for step in steps]
     if kinds and kinds[-1] == "ByteLevel":
         *before, last = steps
@@ -222,11 +225,23 @@ def _isolated(step: Fields) -> str:
         step.refuse("behavior", "only Isolated is supported")
     if step.boolean("invert", False):
         step.refuse("invert", "only false is supported")
+    return with_rest(pattern)
+
+
+def with_rest(pattern: str) -> str:
+    """Return a pattern that also matches what lies between the matches of a pattern."""
     return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
 
 
+def split_name(pattern: str) -> str | None:
+    """Return GGUF's name of a split into words, if it has one."""
+    return next(
+        (name for name, own in GGUF_SPLITS.items() if pattern in (own, with_rest(own))), None
+    )
+
+
 def _nfc(root: Fields) -> bool:
-    kinds = [step.text("type") for step in _steps(root, "normalizer", "normalizers")]
+    kinds = [step.text("type") for step in steps_of(root, "normalizer", "normalizers")]
     if kinds not in ([], ["NFC"]):
         raise ValueError(
             f"{root.source}: normalizer: {', '.join(kinds)} is not supported, only NFC or none"
@@ -237,19 +252,19 @@ def _nfc(root: Fields) -> bool:
 def _opening_token(root: Fields) -> str | None:
     """The token that post_processor puts before every sequence."""
     opening = None
-    for step in _steps(root, "post_processor", "processors"):
+    for step in steps_of(root, "post_processor", "processors"):
         kind = step.text("type")
         if kind not in ("ByteLevel", "TemplateProcessing"):
             raise ValueError(f"{root.source}: post_processor: {kind} is not supported")
-        single = _list(step, "single") if kind == "TemplateProcessing" else []
+        single = listed(step, "single") if kind == "TemplateProcessing" else []
         for first in single[:1]:
             if "SpecialToken" in Fields(first, f"{step.source}: single[0]").mapping:
                 opening = Fields(first["SpecialToken"], f"{step.source}: single[0]").text("id")
     return opening
 
 
-def _steps(root: Fields, key: str, inner: str) -> list[Fields]:
-    """A component of tokenizer.json as a flat list: none, itself, or the steps of a Sequence."""
+def steps_of(root: Fields, key: str, inner: str) -> list[Fields]:
+    """Return a component of tokenizer.json as a flat list: none, itself, or a Sequence's steps."""
     if not root.has(key):
         return []
     source = f"{root.source}: {key}"
@@ -258,5 +273,5 @@ def _steps(root: Fields, key: str, inner: str) -> list[Fields]:
         return [whole]
     return [
         Fields(step, f"{source}: {inner}[{index}]")
-        for index, step in enumerate(_list(whole, inner))
+        for index, step in enumerate(listed(whole, inner))
     ]

@@ -19,8 +19,16 @@ from pathlib import Path
 import regex  # what tiktoken itself depends on
 import tiktoken
 
-from bioinstruct.model.bpe_files import ByteVocabulary
-from bioinstruct.model.tokenizer import Tokenizer
+from bioinstruct.model.bpe_files import (
+    CONTROL,
+    GGUF_SPLITS,
+    NORMAL,
+    UNUSED,
+    ByteVocabulary,
+    split_name,
+)
+from bioinstruct.model.byte_alphabet import ALPHABET
+from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 
 # tiktoken's matcher overflows its stack on a run of a million blanks
 MAX_BLANKS = 500_000
@@ -28,19 +36,6 @@ MAX_BLANKS = 500_000
 MAX_ID = 1 << 24
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Return the printable character for each byte, as GPT-2 chose them: character -> byte.
-
-    Bytes that are printable in Latin-1 stand for themselves, the others for U+0100 and on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + index): byte for index, byte in enumerate(hidden)
-    }
-
-
-ALPHABET = byte_alphabet()
 Order = Mapping[tuple[str, str], int]  # pair of pieces -> its place in the list of merges
 Made = tuple[str, str, int]  # two pieces that were joined, and the place of the merge
 
@@ -70,6 +65,7 @@ class ByteBPE(Tokenizer):
             lossless=not vocabulary.nfc,
             identity=_identity(vocabulary),
         )
+        self.vocabulary = vocabulary
         ranks = _ranks(vocabulary, source)
         self._nfc, self._pattern = vocabulary.nfc, vocabulary.pattern
         self._ids = {rank: vocabulary.tokens[text] for text, rank in ranks.items()}
@@ -82,6 +78,24 @@ class ByteBPE(Tokenizer):
 
     def lacking(self, text: str) -> list[int]:
         return sorted(set(text.encode("utf-8")) & set(self._lacking))
+
+    def gguf_words(self) -> GgufWords:
+        vocabulary = self.vocabulary
+        pre = split_name(vocabulary.pattern)
+        if pre is None:
+            raise ValueError(
+                f"{self.source}: GGUF has no name for how this tokenizer splits words; known are "
+                f"the splits of {', '.join(GGUF_SPLITS)}"
+            )
+        texts = [f"[PAD{token}]" for token in range(self.vocab_size)]
+        types = [UNUSED] * self.vocab_size
+        for text, token in vocabulary.tokens.items():
+            texts[token], types[token] = text, NORMAL
+        for text, token in vocabulary.controls.items():
+            texts[token], types[token] = text, CONTROL
+        pairs = _pairs_of_ranks(vocabulary) if vocabulary.ranked else vocabulary.merges
+        merges = [f"{left} {right}" for left, right in pairs]
+        return GgufWords("gpt2", pre, texts, types, None, merges)
 
     def _encode(self, text: str) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
@@ -150,6 +164,8 @@ def _identity(vocabulary: ByteVocabulary) -> list[bytes]:
 
 def _ranks(vocabulary: ByteVocabulary, source: Path) -> dict[str, int]:
     """Token -> rank: single bytes first, then each token by the merge that makes it."""
+    if vocabulary.ranked:
+        return dict(vocabulary.tokens)
     order = _order(vocabulary, source)
     ranks = {text: byte for text, byte in ALPHABET.items() if text in vocabulary.tokens}
     made = _made(order)
@@ -254,6 +270,17 @@ def merge(symbols: Sequence[str], order: Order) -> tuple[list[str], int]:
         for near in range(max(at - 1, 0), min(at + 1, len(places))):
             places[near] = order.get((parts[near], parts[near + 1]), never)
     return parts, last
+
+
+def _pairs_of_ranks(vocabulary: ByteVocabulary) -> list[tuple[str, str]]:
+    """The merges of a vocabulary that states ranks: each way to make a token of two others."""
+    ids = vocabulary.tokens
+    pairs = []
+    for text in sorted(ids, key=ids.__getitem__):
+        ways = ((text[:at], text[at:]) for at in range(1, len(text)))
+        known = [way for way in ways if way[0] in ids and way[1] in ids]
+        pairs += sorted(known, key=lambda way: (ids[way[0]], ids[way[1]]))
+    return pairs
 
 
 def _encoding(ranks: dict[bytes, int], source: Path, pattern: str) -> tiktoken.Encoding:

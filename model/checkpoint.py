@@ -1,8 +1,9 @@
 """Model weights between files and memory: opened, checked, streamed into place, written.
 
-A checkpoint is a Hugging Face folder (model.safetensors, or shards and their index, beside a
-config.json), one .safetensors file with config.json beside it, or one GGUF file. Whatever it is,
-its tensors are known here by their Hugging Face names and (out, in) shapes.
+A checkpoint is a Hugging Face folder (model.safetensors or pytorch_model.bin, or shards of them and
+their index, beside a config.json), one such file with config.json beside it, a folder in Meta's
+form, or a GGUF file, in parts or whole. Whatever it is, its tensors are known here by their Hugging
+Face names and (out, in) shapes. A folder that holds safetensors and pickles is taken by the former.
 
 Loading first compares all names, shapes and types with what the model wants and reports every
 difference at once; then it copies tensor by tensor into the model's own memory, one conversion of
@@ -20,16 +21,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.fields import shown
-from bioinstruct.model.stored import PICKLED, StoredTensor, check_start, read_safetensors
+from bioinstruct.model.gguf_header import gguf_parts
+from bioinstruct.model.meta_files import SHARDS, meta_shards, read_meta
+from bioinstruct.model.pickled import read_pickled
+from bioinstruct.model.stored import (
+    StoredTensor,
+    check_start,
+    read_safetensors,
+    write_safetensors,
+)
 from bioinstruct.synth.files import replaces, write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BIN = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_LISTED = 10  # tensors named in a message, of each kind
 
@@ -63,7 +73,7 @@ class Checkpoint:
                 shape, unknown, or of a type that is no plain number; during it, a weight that is
                 not finite or too large for its destination.
         """
-        self._check_fit(destinations)
+        self.check({name: tuple(place.shape) for name, place in destinations.items()})
         for name, stored in self.tensors.items():
             if name in destinations:
                 destination = destinations[name]
@@ -71,30 +81,37 @@ class Checkpoint:
                 _check_values(f"{self.path}: {name}", source, destination.dtype)
                 destination.copy_(source)
 
-    def _check_fit(self, destinations: Mapping[str, Tensor]) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names, shapes and types with what a model wants; no number is read but tied ones.
+
+        Args:
+            shapes: by Hugging Face name; without lm_head where the embeddings are tied.
+
+        Raises:
+            ValueError: as load_into, before the first copy.
+        """
         wrong_shape, wrong_type = [], []
         for name, stored in self.tensors.items():
-            if name not in destinations:
+            if name not in shapes:
                 continue
-            expected = tuple(destinations[name].shape)
-            if stored.shape != expected:
-                wrong_shape.append(f"{name} is {stored.shape}, expected {expected}")
+            if stored.shape != shapes[name]:
+                wrong_shape.append(f"{name} is {stored.shape}, expected {shapes[name]}")
             if not stored.loadable:
                 wrong_type.append(f"{name} is {stored.dtype}")
         found = {
-            "missing": [name for name in destinations if name not in self.tensors],
+            "missing": [name for name in shapes if name not in self.tensors],
             "of the wrong shape": wrong_shape,
             "of a type that is not read": wrong_type,
-            "unknown": [name for name in self.tensors if self._unknown(name, destinations)],
+            "unknown": [name for name in self.tensors if self._unknown(name, shapes)],
         }
         if any(found.values()):
             raise ValueError(f"{self.path}: does not fit the model\n" + _listed(found))
-        if HEAD in self.tensors and HEAD not in destinations:
+        if HEAD in self.tensors and HEAD not in shapes:
             self._check_tied()
 
-    def _unknown(self, name: str, destinations: Mapping[str, Tensor]) -> bool:
+    def _unknown(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         # writers of 2023 also stored the rotary frequencies, which follow from the config
-        known = name in destinations or name.endswith("rotary_emb.inv_freq")
+        known = name in shapes or name.endswith("rotary_emb.inv_freq")
         return not known and not (name == HEAD and self.config.tied_embeddings)
 
     def _check_tied(self) -> None:
@@ -108,7 +125,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model folder, a .safetensors file, or a .gguf file, and read its table of contents.
+    """Open a model folder, or one of the files that hold weights, and read the table of contents.
 
     Raises:
         ValueError: there is no model, more than one, or a file of it is missing or damaged.
@@ -119,10 +136,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from bioinstruct.model.gguf_tensors import read_gguf
 
         return Checkpoint(file, *read_gguf(file))
+    if file.match(SHARDS):
+        return Checkpoint(file, *read_meta(meta_shards(file.parent)))
     config_path = file.parent / "config.json"
     config = LlamaConfig.from_hf(_read_object(config_path), str(config_path))
-    tensors = _read_shards(file) if file.suffix == ".json" else read_safetensors(file)
+    tensors = _read_shards(file) if file.suffix == ".json" else _read_file(file)
     return Checkpoint(file, config, tensors)
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    return read_pickled(path) if path.suffix == ".bin" else read_safetensors(path)
 
 
 def save_checkpoint(
@@ -174,31 +197,39 @@ def save_checkpoint(
 def _find_weights(path: Path) -> Path:
     """Return the one file that path stands for: weights, or the index of their shards."""
     if not path.exists():
-        raise ValueError(f"{path}: does not exist; give a model folder, a .safetensors or a .gguf")
+        raise ValueError(f"{path}: does not exist; give a model folder or a file of weights")
     if not path.is_dir():
-        if path.name.endswith((".safetensors", ".gguf", ".safetensors.index.json")):
+        if path.name.endswith(_SUFFIXES) or path.match(SHARDS):
             return path
         check_start(path)
-        raise ValueError(f"{path}: is no .safetensors or .gguf file, and no model folder")
-    candidates = [path / name for name in (SINGLE, INDEX) if (path / name).exists()]
-    candidates += sorted(path.glob("*.gguf"))
-    if len(candidates) > 1:
-        names = ", ".join(file.name for file in candidates)
-        raise ValueError(f"{path}: holds several models ({names}); give the path of one of them")
-    if not candidates:
-        _refuse_folder(path)
-    return candidates[0]
+        raise ValueError(
+            f"{path}: is no model folder and no file of weights ({', '.join(_SUFFIXES)}, {SHARDS})"
+        )
+    gguf = sorted(path.glob("*.gguf"))
+    gguf = gguf_parts(gguf[0])[:1] if gguf and gguf == gguf_parts(gguf[0]) else gguf
+    tiers = (
+        [path / name for name in (SINGLE, INDEX) if (path / name).exists()] + gguf,
+        [path / name for name in (BIN, BIN_INDEX) if (path / name).exists()],
+        meta_shards(path)[:1],
+    )
+    for candidates in filter(None, tiers):
+        if len(candidates) > 1:
+            names = ", ".join(file.name for file in candidates)
+            raise ValueError(f"{path}: holds several models ({names}); give the path of one")
+        return candidates[0]
+    _refuse_folder(path)
+
+
+_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
 
 def _refuse_folder(folder: Path) -> NoReturn:
     files = sorted(file.name for file in folder.iterdir())
-    wanted = f"expected {SINGLE}, {INDEX} or one .gguf file"
+    wanted = f"expected {SINGLE}, {INDEX}, {BIN}, {BIN_INDEX}, {SHARDS} or a .gguf file"
     if "adapter_model.safetensors" in files:
         raise ValueError(f"{folder}: holds an adapter, not a model; give the adapter's base model")
-    if shards := [name for name in files if name.endswith(".safetensors")]:
+    if shards := [name for name in files if name.endswith((".safetensors", ".bin"))]:
         raise ValueError(f"{folder}: holds {_some(shards)} without an index; {wanted}")
-    if pickles := [name for name in files if name.endswith((".bin", ".pth", ".pt"))]:
-        raise ValueError(f"{folder}: holds only {_some(pickles)}: {PICKLED}")
     raise ValueError(f"{folder}: holds no weights; {wanted}")
 
 
@@ -211,7 +242,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{index}: names {_some(missing)}, which is not there; download it too")
     tensors: dict[str, StoredTensor] = {}
     for name in files:
-        shard = read_safetensors(index.parent / name)
+        shard = _read_file(index.parent / name)
         if absent := [t for t, place in places.items() if place == name and t not in shard]:
             raise ValueError(f"{index}: {_some(absent)} should be in {name}, but is not")
         if twice := sorted(shard.keys() & tensors.keys()):
@@ -276,9 +307,10 @@ def _write_weights(
     total_bytes = 0
     for number, shard in enumerate(_grouped(pairs, max_shard_bytes)):
         with replaces(folder / f"shard-{number}") as file:
-            save_file(shard, file, metadata={"format": "pt"})
+            write_safetensors(file, shard)
         shards.append(list(shard))
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # before the next one is collected
     # how many there are is known only now
     count = len(shards)
     files = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
@@ -318,3 +350,9 @@ def _listed(found: Mapping[str, list[str]]) -> str:
 def _some(names: list[str]) -> str:
     more = len(names) - MAX_LISTED
     return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+if __name__ == "__main__":  # python -m bioinstruct.model.checkpoint
+    from bioinstruct.model.checkpoint_cli import main
+
+    main()

@@ -1,8 +1,13 @@
-"""What a LLaMA checkpoint says about its own shape, as one checked, immutable value.
+"""What a checkpoint says about its own shape, as one checked, immutable value.
 
 Two kinds of file are read: the config.json of a Hugging Face folder, and the key-value header of a
 GGUF file. A setting that would change the model's function and that this model does not compute
 is refused by name; one that changes nothing (use_cache, initializer_range, ...) is passed over.
+The families that are computed differ from LLaMA by little:
+
+    mistral  its attention may have a window; documents are then refused above it, where it acts
+    qwen2    q, k and v have a bias
+    qwen3    every head of q and k is normed before it is rotated
 
 Tensors carry Hugging Face's names; matrices are (out, in), as torch's linear layers store them.
 Letters: D hidden_size, F intermediate_size, Q num_heads * head_dim, K num_kv_heads * head_dim.
@@ -12,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +33,30 @@ from bioinstruct.model.rope_scaling import (
 
 __all__ = ["LinearRopeScaling", "Llama3RopeScaling", "LlamaConfig", "RopeScaling"]
 
+
+class Family(NamedTuple):
+    """How one kind of model differs from LLaMA."""
+
+    architecture: str
+    """Hugging Face's name of its class."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    interleaved: bool = False
+    """Whether GGUF files hold the rows of q and k interleaved."""
+    positions: int = 2048
+    """Longest document where a config.json does not say."""
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", interleaved=True, bos_id=1, eos_id=2),
+    "mistral": Family("MistralForCausalLM", interleaved=True, positions=131072, bos_id=1, eos_id=2),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, positions=32768),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, positions=32768),
+}
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
+
 # settings of other LLaMA-like models, and the one value that is this model
 _HF_FIXED: Mapping[str, object] = {
     "hidden_act": "silu",
@@ -40,7 +69,7 @@ _HF_FIXED: Mapping[str, object] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape and constants of one LLaMA model (1, 2, 3, 3.1, 3.2 and relatives)."""
+    """The shape and constants of one model: LLaMA 1, 2, 3, 3.1, 3.2, Mistral, Qwen 2 and 3."""
 
     vocab_size: int
     """Rows of the embedding."""
@@ -70,6 +99,8 @@ class LlamaConfig:
     """Token that starts a document, where there is one."""
     eos_ids: tuple[int, ...]
     """Tokens that end an answer, the first being the usual one; may be empty."""
+    family: str = "llama"
+    """Which of FAMILIES it is."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -89,9 +120,19 @@ class LlamaConfig:
                 f"special token {token} is outside the vocabulary of {self.vocab_size}",
             )
 
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether q, k and v have a bias."""
+        return FAMILIES[self.family].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether every head of q and k is normed."""
+        return FAMILIES[self.family].qk_norm
+
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Any], source: str) -> "LlamaConfig":
-        """Read the content of a Hugging Face config.json, absent keys as its LlamaConfig has them.
+        """Read the content of a Hugging Face config.json, absent keys as its own class has them.
 
         Args:
             mapping: the parsed JSON object.
@@ -101,7 +142,8 @@ class LlamaConfig:
             ValueError: a key is missing or of the wrong type, or the model is no plain LLaMA.
         """
         fields = Fields(mapping, source)
-        _refuse_other_models(fields)
+        family = _hf_family(fields)
+        own = FAMILIES[family]
         heads = fields.integer("num_attention_heads")
         rope_base, rope_scaling = rope_from_hf(fields)
         return build(
@@ -112,15 +154,16 @@ class LlamaConfig:
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=fields.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads),
-            head_dim=_head_dim(fields, "head_dim", "hidden_size", "num_attention_heads"),
+            num_kv_heads=_kv_heads(fields, family, heads),
+            head_dim=_hf_head_dim(fields, family),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope_base=rope_base,
             rope_scaling=rope_scaling,
-            max_positions=fields.integer("max_position_embeddings", 2048),
+            max_positions=_positions(fields, family),
             tied_embeddings=fields.boolean("tie_word_embeddings", False),
-            bos_id=_one_id(fields, "bos_token_id", 1),
-            eos_ids=fields.ids("eos_token_id", 2),
+            bos_id=_one_id(fields, "bos_token_id", own.bos_id),
+            eos_ids=fields.ids("eos_token_id", own.eos_id),
+            family=family,
         )
 
     @classmethod
@@ -144,43 +187,44 @@ class LlamaConfig:
             ValueError: a key is missing or of the wrong type, or the model is no plain LLaMA.
         """
         fields = Fields(metadata, source)
-        _refuse_other_gguf(fields)
-        heads = fields.integer("llama.attention.head_count")
+        arch = _gguf_family(fields)
+        heads = fields.integer(f"{arch}.attention.head_count")
         head_dim = _head_dim(
             fields,
-            "llama.attention.key_length",
-            "llama.embedding_length",
-            "llama.attention.head_count",
+            f"{arch}.attention.key_length",
+            f"{arch}.embedding_length",
+            f"{arch}.attention.head_count",
         )
-        for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        for key in (f"{arch}.rope.dimension_count", f"{arch}.attention.value_length"):
             if fields.integer(key, head_dim) != head_dim:
                 fields.refuse(key, f"it must be the width of a head, {head_dim}")
-        rope_base = _shortest(fields.number("llama.rope.freq_base", 10000.0))
+        rope_base = _shortest(fields.number(f"{arch}.rope.freq_base", 10000.0))
         return build(
             cls,
             source,
-            vocab_size=_gguf_vocab_size(fields),
-            hidden_size=fields.integer("llama.embedding_length"),
-            intermediate_size=fields.integer("llama.feed_forward_length"),
-            num_layers=fields.integer("llama.block_count"),
+            vocab_size=_gguf_vocab_size(fields, arch),
+            hidden_size=fields.integer(f"{arch}.embedding_length"),
+            intermediate_size=fields.integer(f"{arch}.feed_forward_length"),
+            num_layers=fields.integer(f"{arch}.block_count"),
             num_heads=heads,
-            num_kv_heads=fields.integer("llama.attention.head_count_kv", heads),
+            num_kv_heads=fields.integer(f"{arch}.attention.head_count_kv", heads),
             head_dim=head_dim,
-            norm_eps=_shortest(fields.number("llama.attention.layer_norm_rms_epsilon")),
+            norm_eps=_shortest(fields.number(f"{arch}.attention.layer_norm_rms_epsilon")),
             rope_base=rope_base,
-            rope_scaling=rope_from_gguf(fields, head_dim, rope_base, rope_divisors),
-            max_positions=fields.integer("llama.context_length"),
+            rope_scaling=rope_from_gguf(fields, head_dim, rope_base, rope_divisors, arch),
+            max_positions=fields.integer(f"{arch}.context_length"),
             tied_embeddings=tied_embeddings,
             bos_id=_one_id(fields, "tokenizer.ggml.bos_token_id", None),
             eos_ids=_gguf_eos_ids(fields),
+            family=arch,
         )
 
     def to_hf(self) -> dict[str, Any]:
         """Return the content of a config.json that transformers 4 and 5 read alike."""
         scaling = rope_to_hf(self.rope_scaling)
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [FAMILIES[self.family].architecture],
+            "model_type": self.family,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -198,8 +242,8 @@ class LlamaConfig:
                 "rope_theta": self.rope_base,
                 **(scaling or {"rope_type": "default"}),
             },
-            "attention_bias": False,
-            "mlp_bias": False,
+            # a window that the checkpoint had is the end of max_position_embeddings
+            **_WITHOUT[self.family],
             "tie_word_embeddings": self.tied_embeddings,
             "bos_token_id": self.bos_id,
             "eos_token_id": _one_or_list(self.eos_ids),
@@ -209,20 +253,24 @@ class LlamaConfig:
         """Return every weight's Hugging Face name and shape, in the order of the forward pass."""
         D, F = self.hidden_size, self.intermediate_size
         Q, K = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        bias = {"self_attn.q_proj": Q, "self_attn.k_proj": K, "self_attn.v_proj": K}
+        norm = ("self_attn.q_norm", "self_attn.k_norm")
         block: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (D,),
-            "self_attn.q_proj": (Q, D),
-            "self_attn.k_proj": (K, D),
-            "self_attn.v_proj": (K, D),
-            "self_attn.o_proj": (D, Q),
-            "post_attention_layernorm": (D,),
-            "mlp.gate_proj": (F, D),
-            "mlp.up_proj": (F, D),
-            "mlp.down_proj": (D, F),
+            "input_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (Q, D),
+            "self_attn.k_proj.weight": (K, D),
+            "self_attn.v_proj.weight": (K, D),
+            **{f"{name}.bias": (size,) for name, size in bias.items() if self.qkv_bias},
+            **{f"{name}.weight": (self.head_dim,) for name in norm if self.qk_norm},
+            "self_attn.o_proj.weight": (D, Q),
+            "post_attention_layernorm.weight": (D,),
+            "mlp.gate_proj.weight": (F, D),
+            "mlp.up_proj.weight": (F, D),
+            "mlp.down_proj.weight": (D, F),
         }
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, D)}
         for layer in range(self.num_layers):
-            shapes |= {f"model.layers.{layer}.{n}.weight": shape for n, shape in block.items()}
+            shapes |= {f"model.layers.{layer}.{n}": shape for n, shape in block.items()}
         shapes["model.norm.weight"] = (D,)
         if not self.tied_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, D)
@@ -233,30 +281,69 @@ class LlamaConfig:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
 
-def _refuse_other_models(fields: Fields) -> None:
+# what a family's config.json says so that transformers computes what is computed here
+_WITHOUT: Mapping[str, Mapping[str, object]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"use_sliding_window": False, "attention_bias": False},
+}
+
+
+def _hf_family(fields: Fields) -> str:
+    """Name of the model's family; refuse what is computed otherwise."""
     if not (fields.has("model_type") or fields.has("architectures")):
         raise ValueError(
             f"{fields.source}: names neither model_type nor architectures; it is no config.json of "
             "a Hugging Face model"
         )
-    if fields.text("model_type", "llama") != "llama":
-        fields.refuse("model_type", "only llama is computed here")
-    if fields.has("architectures") and fields.mapping["architectures"] != ["LlamaForCausalLM"]:
-        fields.refuse("architectures", "only ['LlamaForCausalLM'] is computed here")
+    named = fields.mapping.get("architectures")
+    by_class = [name for name, own in FAMILIES.items() if [own.architecture] == named]
+    family = fields.text("model_type", by_class[0] if by_class else "llama")
+    if family not in FAMILIES:
+        fields.refuse("model_type", f"only {', '.join(FAMILIES)} are computed here")
+    if fields.has("architectures") and by_class != [family]:
+        expected = [FAMILIES[family].architecture]
+        fields.refuse("architectures", f"of {family}, only {expected} is computed here")
     for key, value in _HF_FIXED.items():
         if fields.has(key) and fields.mapping[key] != value:
             fields.refuse(key, f"only {value!r} is computed here")
     if fields.has("quantization_config"):
         fields.refuse("quantization_config", "take the model's unquantized weights")
+    return family
 
 
-def _refuse_other_gguf(fields: Fields) -> None:
-    if fields.text("general.architecture") != "llama":
-        fields.refuse("general.architecture", "only llama is computed here")
-    if fields.integer("llama.expert_count", 0) > 0:
-        fields.refuse("llama.expert_count", "a mixture of experts is not computed here")
-    if fields.integer("split.count", 1) > 1:
-        fields.refuse("split.count", "merge the parts first (llama-gguf-split --merge)")
+def _gguf_family(fields: Fields) -> str:
+    arch = fields.text("general.architecture")
+    if arch not in GGUF_FAMILIES:
+        fields.refuse("general.architecture", f"only {', '.join(GGUF_FAMILIES)} are computed here")
+    if fields.integer(f"{arch}.expert_count", 0) > 0:
+        fields.refuse(f"{arch}.expert_count", "a mixture of experts is not computed here")
+    return arch
+
+
+def _kv_heads(fields: Fields, family: str, heads: int) -> int:
+    if family == "llama":
+        return fields.integer("num_key_value_heads", heads)
+    return fields.integer("num_key_value_heads")
+
+
+def _hf_head_dim(fields: Fields, family: str) -> int:
+    if family == "qwen3":
+        return fields.integer("head_dim", 128)
+    return _head_dim(fields, "head_dim", "hidden_size", "num_attention_heads")
+
+
+def _positions(fields: Fields, family: str) -> int:
+    """Longest document: the context, or the attention's window where that is shorter."""
+    context = fields.integer("max_position_embeddings", FAMILIES[family].positions)
+    if family == "llama":
+        return context
+    absent = 4096 if family == "mistral" and "sliding_window" not in fields.mapping else context
+    window = fields.integer("sliding_window", absent)
+    sliding = "sliding_attention" in (fields.mapping.get("layer_types") or ())
+    acts = family == "mistral" or sliding or fields.boolean("use_sliding_window", False)
+    return min(context, window) if acts else context
 
 
 def _head_dim(fields: Fields, key: str, hidden_key: str, heads_key: str) -> int:
@@ -281,11 +368,11 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-def _gguf_vocab_size(fields: Fields) -> int:
+def _gguf_vocab_size(fields: Fields, arch: str) -> int:
     tokens = fields.mapping.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
-        return fields.integer("llama.vocab_size")
-    return fields.integer("llama.vocab_size", len(tokens))
+        return fields.integer(f"{arch}.vocab_size")
+    return fields.integer(f"{arch}.vocab_size", len(tokens))
 
 
 def _gguf_eos_ids(fields: Fields) -> tuple[int, ...]:

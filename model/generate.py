@@ -1,4 +1,4 @@
-"""Batched decoding with a KV cache: greedy or by temperature, prompts of different length at once.
+"""Batched decoding with a KV cache: greedy or sampled, prompts of different length at once.
 
 Prompts are prefilled as a pack, without padding, through the very ops of training; their keys and
 values go into a cache (B, G, U, E), and then every sequence advances one token a step. Finished
@@ -19,6 +19,7 @@ from torch.nn import functional
 from bioinstruct.kernels import Heads
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.sampling import Sampling, choose
 
 CACHE_BYTES = 1 << 30  # of one batch's keys and values
 MAX_BATCH = 64
@@ -31,6 +32,9 @@ class Completion(NamedTuple):
     """Generated tokens, without the one that ended them."""
     finished: bool
     """True where the model stopped by itself, False at the token limit."""
+    logprobs: list[float] | None = None
+    """Log-probability of each of ids by the model itself, before temperature, penalty and cuts;
+    None where it was not asked for."""
 
 
 class _Cache:
@@ -81,6 +85,9 @@ def generate(
     adapters: Adapters | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    logprobs: bool = False,
     num_tokens: int | None = None,
     stopped: Callable[[list[int]], bool] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -95,6 +102,9 @@ def generate(
         adapters: LoRA branches to add.
         temperature: 0 takes the likeliest token, otherwise samples from softmax(logits / t).
         seed: of the sampling; sequence i draws from (seed, i).
+        sampling: in place of temperature and seed, where they are not enough.
+        seeds: one a prompt, in place of (seed, i): equal ones draw alike, wherever they stand.
+        logprobs: whether completions say how likely their tokens were.
         num_tokens: ids at or above it are padding of the embedding and never chosen.
         stopped: asked after each token with an answer's ids; True ends it there.
         on_progress: called with the number of finished prompts.
@@ -105,24 +115,15 @@ def generate(
     Raises:
         ValueError: an empty prompt, or arguments out of range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 or more")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} has no tokens; there is nothing to continue")
-        if len(prompt) + max_new_tokens > model.config.max_positions:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens, with {max_new_tokens} new ones more than "
-                f"the model's {model.config.max_positions}; shorten it or lower max_new_tokens"
-            )
+    _check(model, prompts, max_new_tokens, seeds)
+    how = sampling or Sampling(temperature=temperature, seed=seed)
     results: list[Completion | None] = [None] * len(prompts)
     done = 0
     for batch in _batches(model, prompts, max_new_tokens):
-        generators = [torch.Generator().manual_seed(_mixed(seed, i)) for i in batch]
+        own = [_mixed(how.seed, i) if seeds is None else _mixed(seeds[i], 0) for i in batch]
+        generators = [torch.Generator().manual_seed(number) for number in own]
         decoder = _Decoder(
-            model, adapters, max_new_tokens, set(end_ids), temperature, num_tokens, stopped
+            model, adapters, max_new_tokens, set(end_ids), how, num_tokens, stopped, logprobs
         )
         for i, completion in zip(
             batch, decoder.run([prompts[i] for i in batch], generators), strict=True
@@ -132,6 +133,26 @@ def generate(
         if on_progress is not None:
             on_progress(done)
     return [completion for completion in results if completion is not None]
+
+
+def _check(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seeds: Sequence[int] | None,
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} has no tokens; there is nothing to continue")
+        if len(prompt) + max_new_tokens > model.config.max_positions:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens, with {max_new_tokens} new ones more than "
+                f"the model's {model.config.max_positions}; shorten it or lower max_new_tokens"
+            )
 
 
 def _mixed(seed: int, number: int) -> int:
@@ -164,13 +185,14 @@ class _Decoder:
         adapters: Adapters | None,
         max_new_tokens: int,
         end_ids: set[int],
-        temperature: float,
+        sampling: Sampling,
         num_tokens: int | None,
         stopped: Callable[[list[int]], bool] | None,
+        logprobs: bool,
     ):
         self.model, self.adapters, self.max_new_tokens = model, adapters, max_new_tokens
-        self.end_ids, self.temperature, self.stopped = end_ids, temperature, stopped
-        self.num_tokens = num_tokens
+        self.end_ids, self.sampling, self.stopped = end_ids, sampling, stopped
+        self.num_tokens, self.logprobs = num_tokens, logprobs
 
     def run(
         self, prompts: Sequence[Sequence[int]], generators: Sequence[torch.Generator]
@@ -179,14 +201,18 @@ class _Decoder:
         cache = _Cache(self.model, len(prompts), capacity)
         logits_BV = self._prefill(prompts, cache)
         answers: list[list[int]] = [[] for _ in prompts]
+        likely: list[list[float]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
         live = list(range(len(prompts)))
         for _ in range(self.max_new_tokens):
-            chosen = self._choose(logits_BV, [generators[i] for i in live])
-            for i, token in zip(live, chosen, strict=True):
+            seen = [[*prompts[i], *answers[i]] for i in live]
+            chosen = choose(logits_BV, seen, self.sampling, [generators[i] for i in live])
+            scores = self._scores(logits_BV, chosen)
+            for i, token, score in zip(live, chosen, scores, strict=True):
                 finished[i] = token in self.end_ids
                 if not finished[i]:
                     answers[i].append(token)
+                    likely[i].append(score)
                     finished[i] = self.stopped is not None and self.stopped(answers[i])
             kept = [row for row, i in enumerate(live) if not finished[i]]
             live = [live[row] for row in kept]
@@ -195,7 +221,8 @@ class _Decoder:
             if len(kept) < len(chosen):
                 cache.keep(torch.tensor(kept, device=self.model.device))
             logits_BV = self._step([chosen[row] for row in kept], cache)
-        return [Completion(*pair) for pair in zip(answers, finished, strict=True)]
+        scored = likely if self.logprobs else [None] * len(prompts)
+        return [Completion(*one) for one in zip(answers, finished, scored, strict=True)]
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: _Cache) -> Tensor:
         pack = pack_documents([list(p) for p in prompts], self.model.device)
@@ -220,10 +247,10 @@ class _Decoder:
     def _logits(self, h_BD: Tensor) -> Tensor:
         return (h_BD @ self.model.head_VD[: self.num_tokens].T).float()
 
-    def _choose(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        if self.temperature == 0:
-            return [int(i) for i in logits_BV.argmax(-1)]
-        p_BV = (logits_BV / self.temperature).softmax(-1).cpu()
-        return [
-            int(torch.multinomial(p, 1, generator=g)) for p, g in zip(p_BV, generators, strict=True)
-        ]
+    def _scores(self, logits_BV: Tensor, chosen: Sequence[int]) -> list[float]:
+        """Log-probabilities of the chosen tokens; zeros where nobody asks."""
+        if not self.logprobs:
+            return [0.0] * len(chosen)
+        ids_B1 = torch.tensor(chosen, device=logits_BV.device)[:, None]
+        found: list[float] = logits_BV.log_softmax(-1).gather(-1, ids_B1).flatten().tolist()
+        return found

@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import mmap
+import re
 import struct
 from pathlib import Path
 
@@ -32,6 +33,19 @@ NUMBERS = {
 MAX_DEPTH = 4  # arrays of arrays occur, deeper nesting is a sign of junk
 
 _UINT64 = struct.Struct("<Q")
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """Return the files of a model, by the name of one: NAME-00001-of-00003.gguf and so on."""
+    found = _PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    name, _, count = found.groups()
+    return [
+        path.with_name(f"{name}-{number:05d}-of-{count}.gguf")
+        for number in range(1, int(count) + 1)
+    ]
 
 
 def read_metadata(path: Path) -> dict[str, object]:

@@ -24,13 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.gguf_header import ARRAY, NUMBERS, TEXT, read_metadata
+from bioinstruct.model.config import FAMILIES, LlamaConfig
+from bioinstruct.model.gguf_header import ARRAY, NUMBERS, TEXT, gguf_parts, read_metadata
+from bioinstruct.model.rotary_rows import unpermute_rows
 from bioinstruct.model.stored import StoredTensor, check_start
 
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
@@ -39,12 +42,12 @@ _BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_OUTER_NAMES = {
+OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _ROPE = "rope_freqs.weight"
 MAX_DIMS = 4  # of ggml's tensors
 
@@ -63,6 +66,33 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
     Raises:
         ValueError: the file is no whole GGUF file of a LLaMA, or the gguf package is not there.
     """
+    first, *others = gguf_parts(path)
+    metadata, tensors = _read_part(first)
+    count = metadata.get("split.count", 1)
+    if count not in (0, 1 + len(others)):
+        raise ValueError(
+            f"{first}: is one of {count} parts; give the first part under its own name, "
+            f"NAME-00001-of-{count:05d}.gguf, with the others beside it"
+        )
+    for other in others:
+        _, part = _read_part(other)
+        if twice := sorted(part.keys() & tensors.keys()):
+            raise ValueError(f"{other}: {twice[0]} is in this part and in another")
+        tensors |= part
+    rope = tensors.pop(_ROPE, None)
+    if rope is not None and not rope.loadable:
+        raise ValueError(f"{path}: {_ROPE} is {rope.dtype}; it must hold plain numbers")
+    config = LlamaConfig.from_gguf(
+        metadata,
+        str(first),
+        tied_embeddings="output.weight" not in tensors,
+        rope_divisors=None if rope is None else rope.read().flatten().tolist(),
+    )
+    return config, {_hf_name(name): _unpermuted(name, t, config) for name, t in tensors.items()}
+
+
+def _read_part(path: Path) -> tuple[dict[str, object], dict[str, StoredTensor]]:
+    """The metadata and the tensors of one file, by the names in it."""
     check_start(path)
     _gguf(path)
     metadata = read_metadata(path)
@@ -78,48 +108,22 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"{path}: general.alignment is {alignment!r}; it must be a number above 0")
     start += -start % alignment
-    tensors = {name: _stored(path, data, start, name, entry) for name, entry in table.items()}
-    rope = tensors.pop(_ROPE, None)
-    if rope is not None and not rope.loadable:
-        raise ValueError(f"{path}: {_ROPE} is {rope.dtype}; it must hold plain numbers")
-    config = LlamaConfig.from_gguf(
-        metadata,
-        str(path),
-        tied_embeddings="output.weight" not in tensors,
-        rope_divisors=None if rope is None else rope.read().flatten().tolist(),
-    )
-    return config, {_hf_name(name): _unpermuted(name, t, config) for name, t in tensors.items()}
-
-
-def unpermute_rows(w_NHK: Tensor, num_heads: int) -> Tensor:
-    """Undo llama.cpp's interleaving of each head's rows.
-
-    Args:
-        w_NHK: (num_heads * head_dim, K), row 2i of a head holding feature i, row 2i + 1 feature
-            i + head_dim / 2.
-        num_heads: heads among the rows.
-
-    Returns:
-        The same shape, each head's features in Hugging Face's order.
-    """
-    rows, width = w_NHK.shape
-    pairs = w_NHK.view(num_heads, rows // num_heads // 2, 2, width)
-    return pairs.transpose(1, 2).reshape(rows, width)
+    return metadata, {name: _stored(path, data, start, name, e) for name, e in table.items()}
 
 
 def _unpermuted(name: str, stored: StoredTensor, config: LlamaConfig) -> StoredTensor:
     block = _BLOCK.fullmatch(name)
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-    if block is None or block[2] not in heads:
+    if block is None or block[2] not in heads or not FAMILIES[config.family].interleaved:
         return stored
     return stored._replace(read=lambda: unpermute_rows(stored.read(), heads[block[2]]))
 
 
 def _hf_name(name: str) -> str:
     block = _BLOCK.fullmatch(name)
-    if block is None or block[2] not in _BLOCK_NAMES:
-        return _OUTER_NAMES.get(name, name)  # an unknown tensor is reported under its own name
-    return f"model.layers.{block[1]}.{_BLOCK_NAMES[block[2]]}.weight"
+    if block is None or block[2] not in BLOCK_NAMES:
+        return OUTER_NAMES.get(name, name)  # an unknown tensor is reported under its own name
+    return f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}.{block[3]}"
 
 
 def _stored(

@@ -5,6 +5,9 @@
                 x += down(swiglu(gate, up))        of  rmsnorm(x)
     logits = head(rmsnorm(x))
 
+Two families differ: Qwen 2 adds a bias to q, k and v, Qwen 3 norms every head of q and k before it
+is rotated.
+
 There is no batch dimension and no padding: activations are (T, D), documents lie one after the
 other, and positions restart with each of them. Projections that share their input are stored as one
 matrix (q, k, v; gate, up). All weights are frozen; what trains are the adapters passed in.
@@ -13,7 +16,7 @@ Shapes   T packed tokens, D model width, H query heads, G key/value heads, E hea
          feed-forward width, V vocabulary, N = (H + 2G) * E.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,6 +37,8 @@ from bioinstruct.kernels import (
 from bioinstruct.model.adapters import GROUPS, Adapters
 from bioinstruct.model.config import LlamaConfig
 
+HEAD_ROWS = 8192
+"""Rows of the head that streamed_logits widens at a time."""
 Attend = Callable[[int, Heads], Tensor]
 """Attention of one layer: (layer number, its heads) -> (T, H, E)."""
 
@@ -74,6 +79,9 @@ class Block(nn.Module):
         self.attention_norm_D, self.mlp_norm_D = frozen(D), frozen(D)
         self.qkv_ND, self.o_DM = frozen(N, D), frozen(D, config.num_heads * E)
         self.gate_up_2FD, self.down_DF = frozen(2 * F, D), frozen(D, F)
+        self.bias_N = frozen(N) if config.qkv_bias else None
+        self.q_norm_E = frozen(E) if config.qk_norm else None
+        self.k_norm_E = frozen(E) if config.qk_norm else None
 
     def forward(
         self,
@@ -93,12 +101,50 @@ class Block(nn.Module):
             return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site)
 
         h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
-        heads = split_rope(linear("qkv", h_TD, self.qkv_ND), rotation, self.config.num_heads)
+        qkv_TN = linear("qkv", h_TD, self.qkv_ND)
+        if self.bias_N is not None:
+            qkv_TN = qkv_TN + self.bias_N
+        heads = split_rope(self._normed_heads(qkv_TN), rotation, self.config.num_heads)
         o_THE = attend(self.layer, heads)
         o_TD = linear("o", o_THE.flatten(1), self.o_DM)
         x_TD, h_TD = add_rmsnorm(x_TD, o_TD, self.mlp_norm_D, self.config.norm_eps)
         h_TF = swiglu(linear("gate_up", h_TD, self.gate_up_2FD))
         return x_TD + linear("down", h_TF, self.down_DF)
+
+    def destinations(self) -> dict[str, Tensor]:
+        """Where each tensor of this layer belongs, by the end of its Hugging Face name."""
+        config, E = self.config, self.config.head_dim
+        sizes = (config.num_heads * E, config.num_kv_heads * E, config.num_kv_heads * E)
+        gate_weight, up_weight = self.gate_up_2FD.data.chunk(2)
+        places = {"input_layernorm.weight": self.attention_norm_D.data}
+        for name, weight in zip("qkv", self.qkv_ND.data.split(sizes), strict=True):
+            places[f"self_attn.{name}_proj.weight"] = weight
+        if self.bias_N is not None:
+            for name, bias in zip("qkv", self.bias_N.data.split(sizes), strict=True):
+                places[f"self_attn.{name}_proj.bias"] = bias
+        if self.q_norm_E is not None and self.k_norm_E is not None:
+            places["self_attn.q_norm.weight"] = self.q_norm_E.data
+            places["self_attn.k_norm.weight"] = self.k_norm_E.data
+        return places | {
+            "self_attn.o_proj.weight": self.o_DM.data,
+            "post_attention_layernorm.weight": self.mlp_norm_D.data,
+            "mlp.gate_proj.weight": gate_weight,
+            "mlp.up_proj.weight": up_weight,
+            "mlp.down_proj.weight": self.down_DF.data,
+        }
+
+    def _normed_heads(self, qkv_TN: Tensor) -> Tensor:
+        """Norm every head of q and of k, where the model does so."""
+        if self.q_norm_E is None or self.k_norm_E is None:
+            return qkv_TN
+        H, G, E = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        parts = qkv_TN.split((H * E, G * E, G * E), dim=1)
+        gains = (self.q_norm_E, self.k_norm_E)
+        normed = [
+            rmsnorm(part.reshape(-1, E), gain, self.config.norm_eps).view(part.shape)
+            for part, gain in zip(parts, gains, strict=False)
+        ]
+        return torch.cat((*normed, parts[2]), dim=1)
 
 
 class Llama(nn.Module):
@@ -140,44 +186,28 @@ class Llama(nn.Module):
 
         A tensor of a fused projection is a slice of it. The tied head has no entry.
         """
-        config, E = self.config, self.config.head_dim
-        q, kv, F = config.num_heads * E, config.num_kv_heads * E, config.intermediate_size
         places: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding_VD.data}
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            q_weight, k_weight, v_weight = block.qkv_ND.data.split((q, kv, kv))
-            gate_weight, up_weight = block.gate_up_2FD.data.split((F, F))
-            layer = {
-                "input_layernorm": block.attention_norm_D.data,
-                "self_attn.q_proj": q_weight,
-                "self_attn.k_proj": k_weight,
-                "self_attn.v_proj": v_weight,
-                "self_attn.o_proj": block.o_DM.data,
-                "post_attention_layernorm": block.mlp_norm_D.data,
-                "mlp.gate_proj": gate_weight,
-                "mlp.up_proj": up_weight,
-                "mlp.down_proj": block.down_DF.data,
-            }
-            places |= {f"model.layers.{i}.{name}.weight": t for name, t in layer.items()}
+            own = block.destinations()
+            places |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
         places["model.norm.weight"] = self.norm_D.data
-        if not config.tied_embeddings:
+        if not self.config.tied_embeddings:
             places["lm_head.weight"] = self.head_VD.data
         return places
 
     def randomise(self, seed: int, std: float = 0.02) -> None:
         """Fill the weights with normal noise and the gains with 1, for benches and tests."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        for weight in self.destinations().values():
-            if weight.ndim == 1:
+        for name, weight in self.destinations().items():
+            if name.endswith("norm.weight"):
                 weight.fill_(1.0)
             else:
                 weight.normal_(0.0, std, generator=generator)
 
     def rotation(self, positions_T: Tensor) -> Rotation:
         """cos and sin of every token's angles, in float32, from float64 angles."""
-        angles_TE = positions_T.double()[:, None] * self.inverse_frequency_E
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return Rotation(angles_TE.cos().to(wide), angles_TE.sin().to(wide))
+        return _rotation(positions_T, self.inverse_frequency_E, self.dtype)
 
     def packed_attention(self, documents: Documents) -> Attend:
         """Attention within the documents of a pack, for training and prefill."""
@@ -213,6 +243,12 @@ class Llama(nn.Module):
         return (h_TD @ self.head_VD.T).to(torch.promote_types(self.dtype, torch.float32))
 
 
+def _rotation(positions_T: Tensor, inverse_frequency_E: Tensor, dtype: torch.dtype) -> Rotation:
+    angles_TE = positions_T.double()[:, None] * inverse_frequency_E
+    wide = torch.promote_types(dtype, torch.float32)
+    return Rotation(angles_TE.cos().to(wide), angles_TE.sin().to(wide))
+
+
 def _inverse_frequency(config: LlamaConfig, device: torch.device) -> Tensor:
     """(E/2,) float64 radians a position."""
     E = config.head_dim
@@ -226,16 +262,64 @@ def _inverse_frequency(config: LlamaConfig, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def merged_tensors(model: Llama, adapters: Adapters | None) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors by Hugging Face name, one after the other.
+    """The model's tensors by Hugging Face name, one after the other, the adapters added."""
+    return merged(model.destinations().items(), adapters)
 
-    Adapters are added in at least float32 and the sum is rounded once.
+
+@torch.no_grad()
+def merged(
+    weights: Iterable[tuple[str, Tensor]], adapters: Adapters | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Add the adapters to the weights that they adapt, one after the other.
+
+    The sum is taken in at least float32 and rounded once, to the weight's own dtype.
+
+    Args:
+        weights: by Hugging Face name.
+        adapters: what to add, or None.
     """
     modules = {} if adapters is None else {m.name: m for m in adapters.modules}
-    for name, weight in model.destinations().items():
-        if adapters is None or name not in modules:
+    for name, weight in weights:
+        if name not in modules:
             yield name, weight
             continue
         module = modules[name]
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         a_RK, b_NR = module.a_RK.to(wide), module.b_NR.to(wide)
-        yield name, wide.addmm_(b_NR, a_RK, alpha=adapters.settings.scale).to(weight)
+        yield name, wide.addmm_(b_NR, a_RK, alpha=module.scale).to(weight)
+
+
+@torch.inference_mode()
+def streamed_logits(
+    config: LlamaConfig,
+    weights: Callable[[str], Tensor],
+    pack: Pack,
+    adapters: Adapters | None = None,
+) -> Tensor:
+    """Logits of a model that is never in memory whole: one layer after the other, on the CPU.
+
+    Args:
+        config: the model's shape.
+        weights: gives a tensor by its Hugging Face name; asked for each once, in order.
+        pack: tokens.
+        adapters: LoRA branches to add, or None.
+
+    Returns:
+        (T, V) float32.
+    """
+    cpu, wide = torch.device("cpu"), torch.float32
+
+    def attend(layer: int, heads: Heads) -> Tensor:
+        return attention(*heads, pack.documents, "sdpa")
+
+    embedding_VD = weights("model.embed_tokens.weight")
+    x_TD = embedding_VD[pack.ids_T].to(wide)
+    rotation = _rotation(pack.positions_T, _inverse_frequency(config, cpu), wide)
+    for layer in range(config.num_layers):
+        block = Block(config, layer, cpu, wide)
+        for name, place in block.destinations().items():
+            place.copy_(weights(f"model.layers.{layer}.{name}"))
+        x_TD = block(x_TD, rotation, attend, adapters)
+    h_TD = rmsnorm(x_TD, weights("model.norm.weight").to(wide), config.norm_eps)
+    head_VD = embedding_VD if config.tied_embeddings else weights("lm_head.weight")
+    return torch.cat([h_TD @ rows.to(wide).T for rows in head_VD.split(HEAD_ROWS)], dim=1)

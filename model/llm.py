@@ -19,6 +19,7 @@ from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.generate import generate
 from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.sampling import Sampling
 from bioinstruct.model.templates import (
     decode_answer,
     encode_prompt,
@@ -84,6 +85,8 @@ class Llm:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
         seed: int = 0,
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[str]:
         """Continue raw texts; no template is applied.
 
@@ -93,6 +96,8 @@ class Llm:
             temperature: 0 for greedy decoding.
             stop: strings that end an answer and are not returned; EOS always ends it.
             seed: of the sampling.
+            sampling: top-k, top-p and the like, in place of temperature and seed.
+            seeds: one a prompt.
 
         Returns:
             The continuations, in order.
@@ -115,6 +120,8 @@ class Llm:
             adapters=self.adapters,
             temperature=temperature,
             seed=seed,
+            sampling=sampling,
+            seeds=seeds,
             num_tokens=tokenizer.vocab_size,
             stopped=stopped if stop else None,
         )

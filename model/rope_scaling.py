@@ -143,7 +143,11 @@ def rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def rope_from_gguf(
-    fields: Fields, head_dim: int, rope_base: float, divisors: Sequence[float] | None
+    fields: Fields,
+    head_dim: int,
+    rope_base: float,
+    divisors: Sequence[float] | None,
+    arch: str = "llama",
 ) -> RopeScaling | None:
     """Return the scaling that a GGUF header and its rope_freqs.weight state.
 
@@ -152,11 +156,12 @@ def rope_from_gguf(
         head_dim: width of a head.
         rope_base: base of the rotary frequencies.
         divisors: the (head_dim / 2,) numbers of rope_freqs.weight, None without that tensor.
+        arch: the header's general.architecture, with which its keys begin.
 
     Raises:
         ValueError: an unknown type, or divisors of no released model.
     """
-    stated = _linear_from_gguf(fields)
+    stated = _linear_from_gguf(fields, arch)
     if divisors is None or all(d == 1 for d in divisors):
         return stated
     for scaling in RELEASED_SCALINGS:
@@ -193,14 +198,14 @@ def _scaling_from_hf(part: Fields) -> RopeScaling | None:
     return build(Llama3RopeScaling, part.source, original_max_positions=original, **values)
 
 
-def _linear_from_gguf(fields: Fields) -> LinearRopeScaling | None:
+def _linear_from_gguf(fields: Fields, arch: str) -> LinearRopeScaling | None:
     # llama.cpp takes linear where a factor stands without a type; older files call it scale_linear
-    kind = fields.text("llama.rope.scaling.type", "linear")
+    key = f"{arch}.rope.scaling"
+    kind = fields.text(f"{key}.type", "linear")
     if kind not in ("none", "linear"):
-        fields.refuse("llama.rope.scaling.type", "known types are none, linear")
-    factor = fields.number(
-        "llama.rope.scaling.factor", fields.number("llama.rope.scale_linear", 1.0)
-    )
+        fields.refuse(f"{key}.type", "known types are none, linear")
+    older = fields.number(f"{arch}.rope.scale_linear", 1.0)
+    factor = fields.number(f"{key}.factor", older)
     if kind == "none" or factor in (0, 1):
         return None
     return build(LinearRopeScaling, fields.source, factor=factor)

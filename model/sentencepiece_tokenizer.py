@@ -19,7 +19,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from bioinstruct.model.tokenizer import Tokenizer
+from bioinstruct.model.sentencepiece_files import Written
+from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 from bioinstruct.model.tokenizer_config import read_declared
 
 BLANK = "\u2581"
@@ -36,7 +37,8 @@ class Sentencepiece(Tokenizer):
     """A sentencepiece model file, with what tokenizer_config.json beside it declares.
 
     Args:
-        source: the model file.
+        source: the model file, or the file that `written` was read from.
+        written: a model out of a file of another kind.
 
     Raises:
         OSError: it cannot be read.
@@ -45,8 +47,8 @@ class Sentencepiece(Tokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, source: Path) -> None:
-        model = _markers_to_control(source)
+    def __init__(self, source: Path, written: Written | None = None) -> None:
+        model = _markers_to_control(source) if written is None else written.model
         self._opening = _processor(model, source)
         self._inner = _processor(model + BARE, source)
         declared = read_declared(source.parent)
@@ -56,7 +58,11 @@ class Sentencepiece(Tokenizer):
             for token in range(own)
             if self._opening.is_control(token) or self._opening.is_unknown(token)
         }
-        added = {name: token for name, token in declared.added.items() if token >= own}
+        behind = declared.added if written is None else written.added | declared.added
+        added = {name: token for name, token in behind.items() if token >= own}
+        adds_bos = declared.adds_bos
+        if adds_bos is None and written is not None:
+            adds_bos = written.adds_bos
         size = max([own - 1, *added.values()]) + 1
         pieces = [self._piece(token) if token < own else b"" for token in range(size)]
         self._byte_ids = self._bytes_of_vocabulary()
@@ -68,7 +74,7 @@ class Sentencepiece(Tokenizer):
             bos_id=_declared_id(declared.bos, controls, self._opening.bos_id(), source),
             eos_id=_declared_id(declared.eos, controls, self._opening.eos_id(), source),
             # LLaMA's and Mistral's own code puts BOS before every sequence unless told otherwise
-            adds_bos=declared.adds_bos is not False,
+            adds_bos=adds_bos is not False,
             lossless=self._opening.normalize(PROBE) in (_blanked(PROBE), _blanked(" " + PROBE)),
             identity=[model],
         )
@@ -84,6 +90,31 @@ class Sentencepiece(Tokenizer):
         unknown = self._inner.unk_id()
         found = (char for char in set(text) if unknown in self._encode_continuation(char))
         return sorted({byte for char in found for byte in char.encode("utf-8")})
+
+    def gguf_words(self) -> GgufWords:
+        model, names = self._opening, {token: name for name, token in self._controls.items()}
+        own = model.vocab_size()
+        types = []
+        for token in range(self.vocab_size):
+            unknown = token < own and model.is_unknown(token)
+            byte = token < own and model.is_byte(token)
+            unused = token not in names if token >= own else model.is_unused(token)
+            control = token in names
+            types.append(2 if unknown else 3 if control else 6 if byte else 5 if unused else 1)
+        return GgufWords(
+            model="llama",
+            pre=None,
+            texts=[
+                model.id_to_piece(token) if token < own else names.get(token, f"[PAD{token}]")
+                for token in range(self.vocab_size)
+            ],
+            types=types,
+            scores=[
+                model.get_score(token) if token < own else -1000.0
+                for token in range(self.vocab_size)
+            ],
+            merges=None,
+        )
 
     def _encode(self, text: str) -> list[int]:
         first, *others = text.split(BLANK)

@@ -6,20 +6,23 @@ filling it takes little more than the memory of the model itself: pages of the m
 file's own and the system drops them when memory runs short.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-
-PICKLED = (
-    "pickled weights, which may run code when opened; reading them comes in a later version, "
-    "until then convert the model to safetensors"
-)
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_FLOATS = frozenset(_NAMES.values())
 
 
 class StoredTensor(NamedTuple):
@@ -49,8 +52,38 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118  not a dict
 
 
-def check_start(path: Path) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one .safetensors file, tensor by tensor, without a second copy of them in memory.
+
+    The safetensors package turns all of a file's tensors into bytes before it writes the first.
+
+    Args:
+        path: the file; it is overwritten.
+        tensors: contiguous CPU tensors of float dtypes.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def check_start(path: Path, *, pickled: bool = False) -> None:
     """Refuse a file whose first bytes show that something else was saved under its name.
+
+    Args:
+        path: the file.
+        pickled: whether PyTorch's pickled files are what is expected.
 
     Raises:
         ValueError: the file is missing or empty, a Git LFS pointer, a web page, or a pickle.
@@ -71,8 +104,12 @@ def check_start(path: Path) -> None:
             "link, and for gated models a login"
         )
     # a zip archive and protocols 2 to 5 of pickle
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        raise ValueError(f"{path}: {PICKLED}")
+    starts = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if start.startswith(starts) and not pickled:
+        raise ValueError(
+            f"{path}: holds pickled weights under a name that says otherwise; rename it to "
+            "pytorch_model.bin (Meta's files: consolidated.00.pth beside their params.json)"
+        )
 
 
 def _stored(file: Any, name: str) -> StoredTensor:

@@ -2,8 +2,10 @@
 
 Two kinds are read, told apart by the file's content and never by its name:
 
-    sentencepiece  LLaMA 1 and 2, Mistral: a `.model` file       model/sentencepiece_tokenizer.py
-    byte-level BPE LLaMA 3, SmolLM, Qwen: tokenizer.json, GGUF   model/bpe_tokenizer.py
+    sentencepiece  LLaMA 1 and 2, Mistral: a `.model` file, tokenizer.json or GGUF
+                   model/sentencepiece_tokenizer.py, sentencepiece_files.py
+    byte-level BPE LLaMA 3, SmolLM, Qwen: tokenizer.json or GGUF, and Llama 3's tiktoken file
+                   model/bpe_tokenizer.py, bpe_files.py, tiktoken_file.py
 
 User text is data. Whatever it spells, "</s>" or "<|im_start|>", it is encoded as the characters it
 is made of; a control token enters a sequence by its id alone (`control_id`, which templates use).
@@ -20,11 +22,27 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bioinstruct.model import gguf_header
 
+WEIGHTS = (".safetensors", ".bin", ".pth", ".index.json")
 # what is looked for in a folder; the first pattern that is met wins
 PATTERNS = ("tokenizer.model", "*.model", "*.model.v*", "tokenizer.json", "*.gguf")
+
+
+class GgufWords(NamedTuple):
+    """A vocabulary as GGUF files hold it."""
+
+    model: str
+    """llama (sentencepiece) or gpt2 (byte-level BPE)."""
+    pre: str | None
+    """Name of the split into words, for gpt2."""
+    texts: list[str]
+    types: list[int]
+    """1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+    scores: list[float] | None
+    merges: list[str] | None
 
 
 class Tokenizer(ABC):
@@ -144,6 +162,14 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
+    def gguf_words(self) -> GgufWords:
+        """Return the vocabulary as a GGUF file holds it.
+
+        Raises:
+            ValueError: GGUF has no form for this kind of tokenizer.
+        """
+
+    @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
     @abstractmethod
@@ -169,7 +195,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Args:
         path: a sentencepiece model, tokenizer.json or GGUF file; or a folder: the first of PATTERNS
             found in it, else in the folder above, is taken (`source` of the result says which).
-            A .safetensors file stands for its folder.
+            A file of weights other than GGUF stands for its folder.
 
     Raises:
         OSError: a file cannot be read.
@@ -177,7 +203,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.exists():
         raise ValueError(f"no tokenizer can be read from {path}: there is no such file or folder")
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and not path.name.endswith(WEIGHTS):
         return _load_file(path)
     folder = (path if path.is_dir() else path.parent).resolve()
     places = [(folder, pattern) for pattern in PATTERNS]
@@ -224,18 +250,44 @@ def _load_file(path: Path) -> Tokenizer:
     with path.open("rb") as file:
         head = file.read(200)
     if head.startswith(gguf_header.MAGIC):
-        from bioinstruct.model import bpe_files, bpe_tokenizer
-
-        return bpe_tokenizer.ByteBPE(path, bpe_files.from_gguf(path))
+        return _load_gguf(path)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        from bioinstruct.model import bpe_files, bpe_tokenizer
-
-        return bpe_tokenizer.ByteBPE(path, bpe_files.from_json(path))
+        return _load_json(path)
     if problem := _unsupported(head):
         raise ValueError(f"{path} {problem}")
+    if _RANKS.match(head):
+        from bioinstruct.model import bpe_tokenizer, tiktoken_file
+
+        return bpe_tokenizer.ByteBPE(path, tiktoken_file.from_tiktoken(path))
     from bioinstruct.model import sentencepiece_tokenizer
 
     return sentencepiece_tokenizer.Sentencepiece(path)
+
+
+_RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n")  # tiktoken: base64 and a rank
+_FALLBACK = re.compile(rb'"byte_fallback"\s*:\s*true')
+
+
+def _load_gguf(path: Path) -> Tokenizer:
+    if gguf_header.read_metadata(path).get("tokenizer.ggml.model") == "llama":
+        from bioinstruct.model import sentencepiece_files, sentencepiece_tokenizer
+
+        written = sentencepiece_files.from_gguf(path)
+        return sentencepiece_tokenizer.Sentencepiece(path, written)
+    from bioinstruct.model import bpe_files, bpe_tokenizer
+
+    return bpe_tokenizer.ByteBPE(path, bpe_files.from_gguf(path))
+
+
+def _load_json(path: Path) -> Tokenizer:
+    if _FALLBACK.search(path.read_bytes()):
+        from bioinstruct.model import sentencepiece_files, sentencepiece_tokenizer
+
+        written = sentencepiece_files.from_json(path)
+        return sentencepiece_tokenizer.Sentencepiece(path, written)
+    from bioinstruct.model import bpe_files, bpe_tokenizer
+
+    return bpe_tokenizer.ByteBPE(path, bpe_files.from_json(path))
 
 
 def _unsupported(head: bytes) -> str | None:
@@ -244,9 +296,4 @@ def _unsupported(head: bytes) -> str | None:
         return "is empty, and no tokenizer"
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer and not the file itself; fetch it with `git lfs pull`"
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n", head):
-        return (
-            "is a tiktoken-format vocabulary (base64 and rank on each line), which is not "
-            "supported; use the tokenizer.json of the same model"
-        )
     return None

@@ -72,6 +72,8 @@ def check_python(arguments: list[str]) -> None:
         check_script(arguments[0], arguments[1:])
     elif arguments[1] == "pip":
         check_extras(" ".join(arguments))
+    elif arguments[1] == "bioinstruct.model.checkpoint":
+        check_click(click_command("bioinstruct.model.checkpoint_cli"), arguments[2:])
     else:
         assert arguments[1] in ("venv", "pytest"), f"teach this test python -m {arguments[1]}"
 

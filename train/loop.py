@@ -9,6 +9,7 @@ Ctrl-C and SIGTERM are taken at the next step boundary: the adapter so far is wr
 ends with exit code 3.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -102,7 +103,7 @@ def prepare(run: Run) -> Prepared:
     )
     template = get_template(name, llm.tokenizer)
     limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
-    limits = Limits(limit, run.data.on_empty, run.data.on_overlong)
+    limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
     tokens, validation = _split(run, load_tokens(files, template, llm.tokenizer, limits))
     if isinstance(run.data.validation, str):
         held = _existing(run.data.validation, "data.validation")
@@ -117,8 +118,8 @@ def prepare(run: Run) -> Prepared:
         shuffle=run.data.shuffle,
     )
     num_steps = run.train.steps or planner.num_steps(run.train.epochs)
-    llm.adapters = Adapters(llm.config, run.lora, model.device)
-    llm.adapters.initialise(run.train.seed)
+    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
+    run = dataclasses.replace(run, lora=llm.adapters.settings)
     return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs)
 
 
@@ -140,13 +141,16 @@ def _split(run: Run, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None]:
     share = run.data.validation
     if isinstance(share, str) or share == 0:
         return tokens, None
-    held = max(1, round(share * len(tokens)))
-    if held >= len(tokens):
+    records = list(dict.fromkeys(tokens.places))  # the answers of a conversation stay together
+    held = max(1, round(share * len(records)))
+    if held >= len(records):
         raise ValueError(
-            f"data.validation = {share} of {len(tokens)} records leaves none to train on"
+            f"data.validation = {share} of {len(records)} records leaves none to train on"
         )
-    order = np.random.Philox(key=[run.train.seed, 1 << 40]).random_raw(len(tokens)).argsort()
-    return tokens.subset(sorted(order[held:])), tokens.subset(sorted(order[:held]))
+    order = np.random.Philox(key=[run.train.seed, 1 << 40]).random_raw(len(records)).argsort()
+    chosen = {records[i] for i in order[:held]}
+    left = [i for i, place in enumerate(tokens.places) if place not in chosen]
+    return tokens.subset(left), tokens.subset(sorted(set(range(len(tokens))) - set(left)))
 
 
 def dry_run(run: Run) -> None:
@@ -197,6 +201,7 @@ def train(run: Run, recipe_name: str, command: str) -> Path:
     start_s = time.monotonic()
     out = _output_folder(run, recipe_name)
     prepared = prepare(run)
+    run = prepared.run  # with the shape of an adapter that is continued
     note(_summary(prepared))
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "run.toml", to_toml(run, _made(prepared, command)))
@@ -232,7 +237,12 @@ def _output_folder(run: Run, recipe_name: str) -> Path:
 def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
     run, num_steps = prepared.run, prepared.num_steps
     settings = run.train
-    optimizer = Optimizer(prepared.adapters, weight_decay=settings.weight_decay, clip=settings.clip)
+    optimizer = Optimizer(
+        prepared.adapters,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        ema=settings.ema,
+    )
     progress = Progress("training", num_steps)
     with _stop_requests() as asked:
         for step in range(num_steps):
@@ -244,16 +254,19 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
             log.write(row)
             progress.update(step + 1, f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
             last = step + 1 == num_steps
-            if not last and asked:
-                _save(prepared, out)
-                raise Stopped(
-                    f"stopped after step {step + 1} of {num_steps}; the adapter so far is in "
-                    f"{out / 'adapter'}"
-                )
-            if last or _due(step, settings.eval_every):
-                _validate(prepared, step, out, log)
-            if last or _due(step, settings.save_every):
-                _save(prepared, out)
+            with optimizer.averaged():
+                if not last and asked:
+                    _save(prepared, out)
+                    raise Stopped(
+                        f"stopped after step {step + 1} of {num_steps}; the adapter so far is in "
+                        f"{out / 'adapter'}"
+                    )
+                if last or _due(step, settings.eval_every):
+                    _validate(prepared, step, out, log)
+                if last or _due(step, settings.save_every):
+                    _save(prepared, out)
+    if optimizer.average_P is not None:
+        prepared.adapters.flat_P.copy_(optimizer.average_P)
 
 
 def _due(step: int, every: int) -> bool:
@@ -290,6 +303,7 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
         peak=settings.lr,
         schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,
+        decay_share=settings.decay_share,
     )
     batches = (collate(prepared.tokens, pack, plan.draws, model.device) for pack in plan.packs)
     result = train_step(model, optimizer, batches, plan.supervised_tokens, lr, settings.seed)

@@ -158,18 +158,34 @@ def pack_samples(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) ->
 
 
 def learning_rate(
-    step: int, num_steps: int, *, peak: float, schedule: str, warmup_steps: int
+    step: int,
+    num_steps: int,
+    *,
+    peak: float,
+    schedule: str,
+    warmup_steps: int,
+    decay_share: float = 0.2,
 ) -> float:
     """Learning rate of a step, counted from 0.
 
-    Linear warm-up reaches the peak at step warmup_steps - 1; then cosine or linear decay, which
-    would reach 0 at step num_steps, or a constant.
+    Linear warm-up reaches the peak at step warmup_steps - 1. Then
+
+        constant    stays there
+        linear      falls in a line
+        cosine      falls in half a cosine
+        wsd         stays there, and falls in a line over the last decay_share of all steps
+                    (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395)
+
+    and what falls would reach 0 at step num_steps.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    if schedule == "linear":
-        return peak * (1 - progress)
-    return peak * 0.5 * (1 + float(np.cos(np.pi * progress)))
+    start = warmup_steps
+    if schedule == "wsd":
+        start = max(start, num_steps - round(decay_share * num_steps))
+    progress = max(0, step - start) / max(1, num_steps - start)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + float(np.cos(np.pi * progress)))
+    return peak * (1 - progress)

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bioinstruct.model.adapters import LoraSettings
+from bioinstruct.model.lora_settings import LoraSettings
 
-SCHEDULES = "cosine", "linear", "constant"
+SCHEDULES = "cosine", "linear", "constant", "wsd"
 RECORD_TABLE = "made"
 """The table of run.toml that says how the run was made; it sets nothing."""
 
@@ -58,15 +58,17 @@ class ModelSettings:
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     path: tuple[str, ...] = ()
-    """Files of Alpaca records: .json or .jsonl, plain or .gz."""
+    """Files of Alpaca, `messages` or ShareGPT records: .json or .jsonl, plain or .gz."""
     validation: float | str = 0.0
     """Share of the records held out, or a file of records; 0 for none."""
     template: str = "auto"
-    """Prompt template; auto takes the one that fits the vocabulary."""
+    """Prompt template by name, or a .txt file; auto takes the one that fits the vocabulary."""
     max_tokens_per_pack: int = 4096
     """Tokens of one forward and backward pass; no record may be longer."""
     shuffle: bool = True
     """Draw the records of an epoch in random order."""
+    turns: str = "all"
+    """Which of a conversation's answers are learned: all | last."""
     on_empty: str = "error"
     """Records with an empty output: error | drop | keep (they teach the stop token alone)."""
     on_overlong: str = "error"
@@ -78,6 +80,7 @@ class DataSettings:
                 f"data.validation = {self.validation} must be a share below 1, or a file"
             )
         _positive("data.max_tokens_per_pack", self.max_tokens_per_pack)
+        _one_of("data.turns", self.turns, ("all", "last"))
         _one_of("data.on_empty", self.on_empty, ("error", "drop", "keep"))
         _one_of("data.on_overlong", self.on_overlong, ("error", "drop", "truncate"))
 
@@ -95,13 +98,18 @@ class TrainSettings:
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: str = "cosine"
-    """cosine | linear | constant, after the warm-up."""
+    """cosine | linear | constant | wsd (constant, then linear), after the warm-up."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
+    decay_share: float = 0.2
+    """Share of all steps over which wsd falls, at the end; above 0, at most 1."""
     weight_decay: float = 0.0
     """Decoupled decay of the adapters."""
     clip: float = 1.0
     """Largest gradient norm; 0 for no limit."""
+    ema: float = 0.0
+    """Below 1: keep an average of the adapters, which is what is validated, saved and scored; the
+    share that it keeps of itself at a step, say 0.99; 0 for no average."""
     seed: int = 0
     """Of initialisation, order, dropout and the validation split."""
     save_every: int = 0
@@ -128,6 +136,10 @@ class TrainSettings:
             _not_negative(f"train.{name}", getattr(self, name))
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema = {self.ema} must be at least 0 and below 1")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"train.decay_share = {self.decay_share} must be above 0, at most 1")
         _one_of("train.schedule", self.schedule, SCHEDULES)
         _one_of("train.method", self.method, ("lora",))
 
@@ -275,16 +287,25 @@ _ELSEWHERE = {
     "lora_alpha": ["lora.alpha"],
     "target_modules": ["lora.targets"],
     "rank": ["lora.r"],
+    "use_rslora": ["lora.rslora"],
+    "loraplus_lr_ratio": ["lora.plus_ratio"],
 }
 
 
 def _value(hint: Any, value: Any, name: str, where: str) -> Any:
-    """Check a TOML value against a field's type; an int passes for a float, a string for a list."""
-    if hint == tuple[str, ...]:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(i, str) for i in items):
-            raise ValueError(f"{where}: {name} = {value!r} must be a list of strings")
+    """Check a TOML value against a field's type; an int passes for a float, a value for a list."""
+    kind = typing.get_origin(hint)
+    if kind is tuple:
+        item = typing.get_args(hint)[0]
+        items = value if isinstance(value, list) else [value]
+        if not all(type(i) is item for i in items):
+            raise ValueError(f"{where}: {name} = {value!r} must be a list of {_PLURALS[item]}")
         return tuple(items)
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: {name} = {value!r} must be a table of names and numbers")
+        item = typing.get_args(hint)[1]
+        return {key: _value(item, inner, f"{name}.{key}", where) for key, inner in value.items()}
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in allowed and type(value) is int:
         value = float(value)
@@ -294,6 +315,7 @@ def _value(hint: Any, value: Any, name: str, where: str) -> Any:
     return value
 
 
+_PLURALS = {str: "strings", int: "whole numbers"}
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -326,4 +348,6 @@ def _toml(value: Any) -> str:
         )
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     return repr(value)

@@ -6,7 +6,8 @@ gradient into the flat buffer.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -21,16 +22,27 @@ from bioinstruct.train.batch import Batch
 class Optimizer:
     """AdamW on the flat buffers of a model's adapters.
 
+    With LoRA+ (settings.plus_ratio) the rate of all B is a multiple of the rate of all A.
+
     Args:
         adapters: what trains.
         weight_decay: decoupled decay.
         clip: largest gradient norm; 0 for none.
+        ema: share that an average of the masters keeps of itself at an update; 0 for no average.
     """
 
-    def __init__(self, adapters: Adapters, *, weight_decay: float = 0.0, clip: float = 1.0) -> None:
-        self.adapters, self.weight_decay, self.clip = adapters, weight_decay, clip
+    def __init__(
+        self,
+        adapters: Adapters,
+        *,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+        ema: float = 0.0,
+    ) -> None:
+        self.adapters, self.weight_decay, self.clip, self.ema = adapters, weight_decay, clip, ema
         self.m_P = torch.zeros_like(adapters.flat_P)
         self.v_P = torch.zeros_like(adapters.flat_P)
+        self.average_P = adapters.flat_P.clone() if ema else None
         self.updates = 0
 
     def step(self, lr: float) -> float:
@@ -43,18 +55,43 @@ class Optimizer:
         norm = global_norm(grad_P)
         if math.isfinite(norm):
             self.updates += 1
-            adamw_(
-                self.adapters.flat_P,
-                grad_P,
-                self.m_P,
-                self.v_P,
-                lr=lr,
-                step=self.updates,
-                weight_decay=self.weight_decay,
-                grad_factor=clip_factor(norm, self.clip),
-            )
+            for part, rate in self._parts(lr):
+                adamw_(
+                    self.adapters.flat_P[part],
+                    grad_P[part],
+                    self.m_P[part],
+                    self.v_P[part],
+                    lr=rate,
+                    step=self.updates,
+                    weight_decay=self.weight_decay,
+                    grad_factor=clip_factor(norm, self.clip),
+                )
+            if self.average_P is not None:
+                # early updates count fully, or the start would stay in the average for long
+                kept = min(self.ema, self.updates / (self.updates + 9))
+                self.average_P.lerp_(self.adapters.flat_P, 1 - kept)
         grad_P.zero_()
         return norm
+
+    def _parts(self, lr: float) -> list[tuple[slice, float]]:
+        """Parts of the flat buffer, and the rate of each."""
+        ratio, num_a = self.adapters.settings.plus_ratio, self.adapters.num_a
+        if ratio == 1:
+            return [(slice(None), lr)]
+        return [(slice(num_a), lr), (slice(num_a, None), lr * ratio)]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the adapters be their average for a while, where one is kept."""
+        if self.average_P is None:
+            yield
+            return
+        own_P = self.adapters.flat_P.clone()
+        try:
+            self.adapters.flat_P.copy_(self.average_P)
+            yield
+        finally:
+            self.adapters.flat_P.copy_(own_P)
 
 
 class StepResult(NamedTuple):

@@ -81,6 +81,8 @@ class Limits:
     """Longest sample, in input tokens."""
     on_empty: str
     on_overlong: str
+    turns: str = "all"
+    """Which of a conversation's answers are learned, each given what was said before it."""
 
 
 def encode_records(
@@ -100,7 +102,8 @@ def encode_records(
     overlong: list[str] = []
     lacking: dict[str, list[int]] = {}
     progress = Progress("tokenizing", len(records))
-    for number, record in enumerate(records, 1):
+    every = ((n, one) for n, whole in enumerate(records, 1) for one in _learned(whole, limits))
+    for number, record in every:
         progress.update(number)
         missing = tokenizer.lacking(record.instruction + record.input + record.output)
         if missing:
@@ -109,7 +112,14 @@ def encode_records(
             empty.append(record.where)
             if limits.on_empty != "keep":
                 continue
-        sample = encode_sample(template, tokenizer, record.instruction, record.input, record.output)
+        sample = encode_sample(
+            template,
+            tokenizer,
+            record.instruction,
+            record.input,
+            record.output,
+            record.history,
+        )
         excess = len(sample.prompt_ids) + len(sample.answer_ids) - 1 - limits.max_tokens
         if excess > 0:
             overlong.append(f"{record.where} ({limits.max_tokens + excess} tokens)")
@@ -122,6 +132,10 @@ def encode_records(
     if not samples:
         raise ValueError("no record is left to train on")
     return _join(samples, places), notes
+
+
+def _learned(record: Record, limits: Limits) -> list[Record]:
+    return record.answers() if limits.turns == "all" else [record]
 
 
 def _report(
@@ -210,7 +224,7 @@ _ARRAYS = "tokens", "offsets", "prompts"
 def _key(paths: Sequence[Path], template: Template, tokenizer: Tokenizer, limits: Limits) -> str:
     digest = hashlib.sha256()
     # places name the files, so their names count beside their bytes
-    facts = [version("bioinstruct"), template.name, tokenizer.fingerprint, repr(limits)]
+    facts = [version("bioinstruct"), repr(template), tokenizer.fingerprint, repr(limits)]
     digest.update("\0".join([*facts, *map(str, paths)]).encode())
     for path in paths:
         with path.open("rb") as file:

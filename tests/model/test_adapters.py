@@ -73,6 +73,103 @@ def folder(stories: Llm, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_patterns_choose_ranks_and_scales_as_peft_does(stories: Llm, tmp_path: Path) -> None:
+    settings = LoraSettings(
+        r=4,
+        alpha=6.0,
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 3, "model.layers.0.mlp.up_proj": 8},
+        alpha_pattern={"mlp.*_proj": 1.0, "model.layers.2.self_attn.o_proj": 12.0},
+    )
+    adapters = Adapters(stories.config, settings)
+    found = {(m.layer, m.target): (len(m.a_RK), m.scale) for m in adapters.modules}
+    assert found[1, "q_proj"] == (2, 3.0)
+    assert found[0, "q_proj"] == found[4, "q_proj"] == (3, 2.0)
+    assert found[0, "up_proj"] == (8, 1 / 8)
+    assert found[1, "up_proj"] == found[2, "down_proj"] == (4, 1 / 4)
+    assert found[2, "o_proj"] == (4, 3.0)
+    assert found[3, "o_proj"] == found[0, "v_proj"] == (4, 1.5)
+    adapters.save(tmp_path, "base")
+    again = Adapters.load(tmp_path, stories.config)
+    assert [(len(m.a_RK), m.scale) for m in again.modules] == list(found.values())
+
+
+@pytest.mark.parametrize("group", ["qkv", "o", "gate_up", "down"])
+def test_branches_of_one_scale_do_what_each_module_s_scale_says(stories: Llm, group: str) -> None:
+    adapters = made(stories, rank_pattern={"k_proj": 2}, alpha_pattern={"v_proj|up_proj": 3.0})
+    modules = [m for m in adapters.modules if m.layer == 2 and TARGETS[m.target][0] == group]
+    branches = adapters.branches(2, group)
+    assert len(branches) == len(modules)
+    for module, branch in zip(modules, branches, strict=True):
+        delta = adapters.settings.scale * branch.b_NR @ branch.a_RK
+        assert torch.allclose(delta, module.scale * module.b_NR @ module.a_RK, atol=1e-6)
+
+
+def test_rslora_divides_by_the_root_of_the_rank(stories: Llm) -> None:
+    settings = LoraSettings(r=16, alpha=8.0, rslora=True, rank_pattern={"q_proj": 4})
+    scales = {m.target: m.scale for m in Adapters(stories.config, settings).modules}
+    assert scales["q_proj"] == 4.0
+    assert scales["v_proj"] == settings.scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "targets", "layers"),
+    [
+        ({"target_modules": ["self_attn.q_proj", "v_proj"]}, {"q_proj", "v_proj"}, set(range(5))),
+        ({"target_modules": r".*self_attn\.(q|v)_proj"}, {"q_proj", "v_proj"}, set(range(5))),
+        ({"target_modules": r".*\.[13]\..*down_proj"}, {"down_proj"}, {1, 3}),
+        ({"layers_to_transform": [4, 0]}, set(TARGETS), {0, 4}),
+        ({"layers_to_transform": 2}, set(TARGETS), {2}),
+    ],
+)
+def test_modules_are_chosen_as_peft_chooses_them(
+    stories: Llm, folder: Path, chosen: dict[str, object], targets: set[str], layers: set[int]
+) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text()) | chosen
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {
+        key: t
+        for key, t in tensors.items()
+        if int(key.split(".")[4]) in layers and key.split(".")[6] in targets
+    }
+    save_file(kept, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found = load(stories, folder)
+    assert {m.target for m in found.modules} == targets
+    assert {m.layer for m in found.modules} == layers
+    found.save(folder / "again", "base")
+    assert torch.equal(load(stories, folder / "again").flat_P, found.flat_P)
+
+
+def test_a_layer_that_the_model_lacks_is_refused(stories: Llm) -> None:
+    with pytest.raises(ValueError, match="lora.layers names layer 5; the model has 0 to 4"):
+        Adapters(stories.config, LoraSettings(layers=(1, 5)))
+
+
+def test_an_adapter_is_continued_with_its_own_shape(stories: Llm, folder: Path) -> None:
+    asked = LoraSettings(init_from=str(folder), dropout=0.1, plus_ratio=4.0, r=4)
+    going_on = Adapters.starting(stories.config, asked, "cpu", 0)
+    assert torch.equal(going_on.flat_P, load(stories, folder).flat_P)
+    settings = going_on.settings
+    assert (settings.r, settings.alpha, settings.dropout, settings.plus_ratio) == (4, 6.0, 0.1, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"r": 8}, "lora.r = 8 contradicts lora.init_from: the adapter in .* has 4"),
+        ({"alpha": 1.0}, "lora.alpha = 1.0 contradicts"),
+        ({"targets": ("q_proj",)}, "lora.targets = .* contradicts"),
+        ({"rslora": True}, "leave lora.rslora out"),
+    ],
+)
+def test_a_continued_adapter_cannot_be_given_another_shape(
+    stories: Llm, folder: Path, asked: dict[str, object], sentence: str
+) -> None:
+    settings = LoraSettings(init_from=str(folder), **asked)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=sentence):
+        Adapters.starting(stories.config, settings, "cpu", 0)
+
+
 def load(stories: Llm, folder: Path) -> Adapters:
     return Adapters.load(folder, stories.config)
 
@@ -82,12 +179,29 @@ def load(stories: Llm, folder: Path) -> Adapters:
     [
         ({"bias": "all"}, "bias = 'all' is not supported; allowed is 'none'"),
         ({"use_dora": True}, "use_dora = True is not supported"),
-        ({"use_rslora": True}, "use_rslora = True is not supported"),
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA' is not supported"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = .* is not supported"),
+        ({"rank_pattern": {"q_proj": 2}}, r"lora_A.weight has shape \(4, 64\), .* needs \(2, 64\)"),
+        ({"rank_pattern": [2]}, r"rank_pattern = \[2\] must be an object"),
+        ({"rank_pattern": {"q_proj": 0}}, r"lora.rank_pattern.q_proj = 0 is out of range"),
+        ({"alpha_pattern": {"(q": 2}}, r"the pattern '\(q' cannot be read"),
+        ({"alpha_pattern": {"q_proj": -1}}, "lora.alpha_pattern.q_proj = -1.0 must be a positive"),
+        ({"layers_to_transform": [5]}, r"layers_to_transform = \[5\] must be layers from 0 to 4"),
+        ({"layers_to_transform": ["1"]}, "must be layers from 0 to 4"),
+        (
+            {"layers_to_transform": [1], "layers_pattern": "h"},
+            "layers_pattern = 'h' must be layers",
+        ),
+        ({"trainable_token_indices": [7]}, "embeddings are not trained here yet"),
+        (
+            {"target_modules": ["q_proj", "input_layernorm"]},
+            "input_layernorm cannot be trained yet",
+        ),
+        ({"target_modules": "(q"}, r"target_modules = '\(q' cannot be read"),
+        ({"target_modules": "h.0.q"}, "'h.0.q' matches no projection"),
+        ({"target_modules": r".*(0.*q|1.*k)_proj"}, "other projections in some layers"),
+        ({"target_modules": 3}, "must be a list of q_proj"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["query"]}, "'query' is unknown"),
-        ({"target_modules": ".*"}, "must be a list"),
         ({"r": "x"}, "adapter_config.json: "),
         ({"r": 8}, r"lora_A.weight has shape \(4, 64\), the model needs \(8, 64\)"),
         ({"target_modules": ["q_proj"]}, "unknown base_model"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bioinstruct.model.checkpoint import INDEX, SINGLE, open_checkpoint, save_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.stored import read_safetensors
+from bioinstruct.model.stored import read_safetensors, write_safetensors
 
 TINY = LlamaConfig(
     vocab_size=11,
@@ -208,8 +208,8 @@ JUNK = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run `git lfs pull`"),
     "html": (b"\n<!DOCTYPE html><html>404</html>", "a web page was saved"),
     "html without type": (b"<HTML><body>login</body>", "a web page was saved"),
-    "zip": (b"PK\x03\x04" + bytes(60), "pickled weights, which may run code"),
-    "pickle": (b"\x80\x02}q\x00." + bytes(60), "convert the model to safetensors"),
+    "zip": (b"PK\x03\x04" + bytes(60), "pickled weights under a name that says otherwise"),
+    "pickle": (b"\x80\x02}q\x00." + bytes(60), "rename it to pytorch_model.bin"),
     "text": (b"these are no weights at all", "not a whole safetensors file"),
     "zeros": (bytes(64), "not a whole safetensors file"),
     "huge header": (b"\xff" * 64, "not a whole safetensors file"),
@@ -224,6 +224,43 @@ def test_junk_instead_of_weights(folder: Path, kind: str) -> None:
     with pytest.raises(ValueError, match=f"{SINGLE}: .*{message}") as caught:
         open_checkpoint(folder)
     assert "\n" not in str(caught.value)
+
+
+HOSTILE = {
+    "overlap": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+    "twice": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',
+    "10 GB": '{"a":{"dtype":"F32","shape":[2500000000],"data_offsets":[0,10000000000]}}',
+    "negative": '{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}',
+    "size": '{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
+    "hole": '{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_headers_that_lie_are_refused(folder: Path, kind: str) -> None:
+    header = HOSTILE[kind].encode()
+    (folder / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    with pytest.raises(ValueError, match="not a whole safetensors file") as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_length_of_ten_gigabytes(folder: Path) -> None:
+    (folder / SINGLE).write_bytes((10**10).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_we_write_is_what_the_library_writes(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"b": torch.randn(3, 5).to(dtype), "a": torch.randn(7).to(dtype)}
+    write_safetensors(tmp_path / "ours", tensors)
+    read = load_file(tmp_path / "ours")
+    assert same(read, tensors)
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
@@ -268,10 +305,10 @@ def test_no_damaged_byte_ends_in_a_stack_trace(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "holds no weights; expected model.safetensors, .* or one .gguf file"),
+        ([], "holds no weights; expected model.safetensors, .* or a .gguf file"),
         (["notes.txt"], "holds no weights"),
-        (["pytorch_model.bin"], "holds only pytorch_model.bin: pickled weights"),
-        (["consolidated.00.pth", "params.json"], "holds only consolidated.00.pth: pickled"),
+        (["consolidated.01.pth"], "consolidated.00.pth is missing beside consolidated.01.pth"),
+        (["pytorch_model-00001-of-00002.bin"], "00001-of-00002.bin without an index"),
         (["adapter_model.safetensors"], "holds an adapter, not a model"),
         (["model-00001-of-00002.safetensors"], "model-00001-of-00002.safetensors without an index"),
         ([SINGLE, INDEX], f"holds several models \\({SINGLE}, {INDEX}\\); give the path of one"),
@@ -293,8 +330,7 @@ def test_folders_without_one_model(tmp_path: Path, files: list[str], message: st
         ("absent", None, "does not exist; give a model folder"),
         ("absent.safetensors", None, "does not exist"),
         ("model.pth", b"\x80\x02}.", "pickled weights"),
-        ("model.bin", b"PK\x03\x04", "pickled weights"),
-        ("weights.dat", b"??", "is no .safetensors or .gguf file, and no model folder"),
+        ("weights.dat", b"??", "is no model folder and no file of weights"),
         ("weights.dat", b"", "the file is empty"),
     ],
 )

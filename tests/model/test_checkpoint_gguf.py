@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.config import Llama3RopeScaling, LlamaConfig
-from bioinstruct.model.gguf_tensors import unpermute_rows
+from bioinstruct.model.rotary_rows import unpermute_rows
 
 gguf = pytest.importorskip("gguf", reason='needs the gguf package: pip install "bioinstruct[demo]"')
 F32, F16, BF16 = (getattr(gguf.GGMLQuantizationType, kind) for kind in ("F32", "F16", "BF16"))
@@ -282,13 +282,16 @@ def test_unknown_and_unreadable_tensors_are_listed(
 ) -> None:
     config, tensors = original
     kept = {name: t for name, t in tensors.items() if name != "model.norm.weight"}
-    extra = {"output_norm.weight": np.ones(64, np.int32), "blk.0.attn_q.bias": np.ones(64, "f4")}
+    extra = {
+        "output_norm.weight": np.ones(64, np.int32),
+        "blk.0.attn_sinks.weight": np.ones(64, "f4"),
+    }
     write_gguf(tmp_path / "m.gguf", config, kept, **extra)
     with pytest.raises(ValueError) as caught:
         loaded(tmp_path)
     assert str(caught.value).splitlines()[1:] == [
         "  1 of a type that is not read: model.norm.weight is I32",
-        "  1 unknown: blk.0.attn_q.bias",
+        "  1 unknown: blk.0.attn_sinks.weight",
     ]
 
 

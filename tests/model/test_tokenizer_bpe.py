@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bioinstruct.model import bpe_tokenizer
 from bioinstruct.model.bpe_files import GPT2_DIGITS, ByteVocabulary, from_gguf
-from bioinstruct.model.bpe_tokenizer import ByteBPE, byte_alphabet
+from bioinstruct.model.bpe_tokenizer import ByteBPE
+from bioinstruct.model.byte_alphabet import byte_alphabet
 from bioinstruct.model.tokenizer import load_tokenizer
 
 SOURCE = Path("vocabulary")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioinstruct.synth.records import SUFFIXES, Record, read_records, write_records
+from bioinstruct.synth.records import SUFFIXES, Record, Turn, read_records, write_records
 
 SAMPLE = Path(__file__).parents[1] / "data" / "bioinstruct_real_sample_32.json"
 GOOD = {"instruction": "do", "input": "x", "output": "y"}
@@ -125,8 +125,19 @@ def test_a_row_that_is_no_json_leaves_nothing(tmp_path: Path, suffix: str, bad: 
         ('{"instruction":["a"],"output":"b"}', "'instruction' must be a string, not"),
         ('{"instruction":"a","input":null,"output":"b"}', "'input' must be a string, not null"),
         ('{"instruction":"a","output":"\\ud83d"}', "'output' holds half of a surrogate pair"),
-        ('{"messages":[]}', "a chat record .'messages'.; chat records come in a later version"),
-        ('{"conversations":[]}', "a chat record .'conversations'."),
+        ('{"messages":[]}', r"'messages' must be a list of turns, not \[\]"),
+        ('{"conversations":3}', "'conversations' must be a list of turns, not 3"),
+        ('{"messages":["x"]}', "turn 1 must be an object with the texts 'role' and 'content'"),
+        ('{"messages":[{"role":"user"}]}', "turn 1 must be an object"),
+        ('{"messages":[{"role":"user","content":[]}]}', "turn 1 must be an object"),
+        ('{"messages":[{"role":"bot","content":""}]}', "turn 1 has 'role' .bot.; allowed are 'sys"),
+        ('{"messages":[{"role":[],"content":""}]}', "turn 1 has 'role'"),
+        ('{"messages":[{"role":"user","content":"a"}]}', "the turns are user; user and assistant"),
+        ('{"messages":[{"role":"system","content":"a"}]}', "there is no turn of the user's"),
+        (
+            '{"conversations":[{"from":"gpt","value":"a"},{"from":"human","value":"b"}]}',
+            "the turns are assistant, user; user and assistant must alternate, from user on",
+        ),
     ],
 )
 @pytest.mark.parametrize("layout", ["lines", "array"])
@@ -180,3 +191,35 @@ def test_compressed_array_with_a_wrong_suffix(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps([GOOD]).encode()))
     assert read_records(path)[0].output == "y"
+
+
+SAID = [("system", "be brief"), ("user", "hi"), ("assistant", "hello"), ("user", "why?")]
+
+
+@pytest.mark.parametrize(
+    ("field", "role", "text", "names"),
+    [
+        ("messages", "role", "content", {}),
+        ("conversations", "from", "value", {"user": "human", "assistant": "gpt"}),
+    ],
+)
+def test_conversations_are_read(
+    tmp_path: Path, field: str, role: str, text: str, names: dict[str, str]
+) -> None:
+    turns = [{role: names.get(r, r), text: t} for r, t in [*SAID, ("assistant", "so")]]
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({field: turns, "id": 4}) + "\n")
+    (record,) = read_records(path)
+    history = tuple(Turn(*said) for said in SAID[:3])
+    assert record == Record("why?", "", "so", {"id": 4}, str(path), 1, history)
+    first, last = record.answers()
+    assert last is record
+    assert (first.instruction, first.output, first.history) == ("hi", "hello", history[:1])
+
+
+def test_a_record_with_a_conversation_beside_it_stays_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"instruction": "a", "output": "b", "messages": 3}')
+    (record,) = read_records(path)
+    assert (record.history, record.extra) == ((), {"messages": 3})
+    assert record.answers() == [record]

@@ -98,6 +98,57 @@ def test_run_toml_repeats_the_run_bitwise(settings: dict[str, str], tmp_path: Pa
     assert one == two
 
 
+def test_an_adapter_of_peft_s_is_continued(
+    settings: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    start = data / "peft_golden" / "patterned"
+    del settings["lora.r"]
+    more = {"lora.init_from": str(start), "lora.plus_ratio": "4", "train.schedule": "wsd"}
+    call(settings | more)
+    before = load_file(start / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    moved = [float((after[key] - before[key]).abs().max()) for key in before]
+    assert min(moved) > 0 and max(moved) < 0.1
+    told = tomllib.loads((tmp_path / "out" / "run.toml").read_text())["lora"]
+    assert (told["r"], told["rslora"], told["layers"]) == (4, True, [0, 2, 4])
+    assert told["rank_pattern"]["up_proj"] == 2
+    # what the run wrote down can be said again
+    recipe, again = str(tmp_path / "out" / "run.toml"), tmp_path / "again"
+    command.main([recipe, "--set", f"out={again}"], standalone_mode=False)
+    repeated = load_file(again / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(after[key], repeated[key]) for key in after)
+
+
+def test_a_continued_adapter_keeps_its_rank(settings: dict[str, str], data: Path) -> None:
+    more = {"lora.init_from": str(data / "peft_golden" / "seven"), "lora.r": "8"}
+    with pytest.raises(ValueError, match="lora.r = 8 contradicts lora.init_from"):
+        call(settings | more)
+
+
+def test_the_average_is_what_is_saved(settings: dict[str, str], tmp_path: Path) -> None:
+    call(settings)
+    call(settings | {"train.ema": "0.9", "out": str(tmp_path / "average")})
+    name = "adapter/adapter_model.safetensors"
+    plain, average = (load_file(tmp_path / run / name) for run in ("out", "average"))
+    ups = [key for key in plain if "lora_B" in key]
+    # B starts at zero, so its average lags behind it
+    assert all(average[key].norm() < plain[key].norm() for key in ups)
+    assert all(average[key].any() for key in ups)
+
+
+def test_conversations_train(settings: dict[str, str], tmp_path: Path) -> None:
+    turns = [{"role": r, "content": f"{r} speaks"} for r in ("user", "assistant") * 2]
+    data = tmp_path / "chat.jsonl"
+    data.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    chat = {"data.path": str(data), "data.template": "llama-2-chat", "data.validation": "0.25"}
+    call(settings | chat | {"train.epochs": "1"})
+    metrics = rows(tmp_path / "out" / "metrics.jsonl")
+    assert all(float(str(row["loss"])) > 0 for row in metrics if "loss" in row)
+    told = tomllib.loads((tmp_path / "out" / "run.toml").read_text())
+    assert told["made"]["samples"] == 6  # two answers of three conversations; one is held out
+
+
 def test_dry_run_writes_no_run(
     settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,3 +134,22 @@ def test_learning_rate(schedule: str) -> None:
     assert rates[60] == pytest.approx(middle)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[-1] > 0
+
+
+def test_wsd_stays_at_the_peak_and_then_falls() -> None:
+    rates = [
+        learning_rate(k, 100, peak=2.0, schedule="wsd", warmup_steps=10, decay_share=0.3)
+        for k in range(100)
+    ]
+    assert rates[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])
+    assert rates[10:71] == [2.0] * 61
+    assert rates[70:] == pytest.approx([2.0 * (100 - k) / 30 for k in range(70, 100)])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_wsd_whose_decay_meets_the_warm_up(share: float) -> None:
+    rates = [
+        learning_rate(k, 10, peak=1.0, schedule="wsd", warmup_steps=6, decay_share=share)
+        for k in range(10)
+    ]
+    assert rates[6:] == pytest.approx([1.0, 0.75, 0.5, 0.25])

@@ -166,10 +166,10 @@ def test_each_target_alone_trains(stories: Llm, samples: TokenSet, target: str) 
 def test_gradients_are_views_of_the_flat_buffer(stories: Llm, samples: TokenSet) -> None:
     trained = adapters(stories.model)
     add_gradient(stories.model, trained, collate(samples, ALL, DRAWS), 1.0)
-    flat = torch.cat(
-        [t.grad.flatten() for m in trained.modules for t in (m.a_RK, m.b_NR) if t.grad is not None]
-    )
+    masters = [m.a_RK for m in trained.modules] + [m.b_NR for m in trained.modules]
+    flat = torch.cat([t.grad.flatten() for t in masters if t.grad is not None])
     assert torch.equal(flat, trained.grad_P)
+    assert trained.num_a == sum(m.a_RK.numel() for m in trained.modules)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(stories: Llm) -> None:
@@ -210,3 +210,53 @@ def test_collated_labels_are_the_next_tokens(samples: TokenSet) -> None:
     assert [b - a for a, b in pairwise(bounds)] == [LENGTHS[1], LENGTHS[4]]
     assert batch.pack.positions_T.tolist() == [*range(LENGTHS[1]), *range(LENGTHS[4])]
     assert batch.draws_T.unique_consecutive().tolist() == [DRAWS[1], DRAWS[4]]
+
+
+def test_lora_plus_gives_b_a_multiple_of_the_rate(stories: Llm) -> None:
+    plain, plus = adapters(stories.model), adapters(stories.model, plus_ratio=8.0)
+    before_P = plain.flat_P.clone()
+    gradient_P = torch.randn(before_P.shape, generator=torch.Generator().manual_seed(4))
+    for trained in (plain, plus):
+        trained.grad_P.copy_(gradient_P)
+        Optimizer(trained, weight_decay=0.1).step(1e-2)
+        assert not trained.grad_P.any()
+    moved_P, moved_plus_P = plain.flat_P - before_P, plus.flat_P - before_P
+    assert torch.equal(moved_P[: plain.num_a], moved_plus_P[: plain.num_a])
+    ratio = moved_plus_P[plain.num_a :] / moved_P[plain.num_a :]
+    assert torch.allclose(ratio, torch.full_like(ratio, 8.0), rtol=1e-3)
+
+
+def test_a_patterned_scale_trains_like_a_plain_one(stories: Llm, samples: TokenSet) -> None:
+    """A scale given by a pattern trains like the same scale given plainly."""
+    one = adapters(stories.model, targets=("v_proj",), alpha_pattern={"v_proj": 20.0})
+    other = Adapters(stories.config, LoraSettings(r=4, alpha=20.0, targets=("v_proj",)))
+    other.flat_P.copy_(one.flat_P)
+    for trained in (one, other):
+        add_gradient(stories.model, trained, collate(samples, ALL, DRAWS), 1.0)
+    assert one.grad_P.any()
+    assert (one.grad_P - other.grad_P).abs().max() < 1e-5 * one.grad_P.abs().max()
+
+
+def test_the_average_follows_the_masters(stories: Llm) -> None:
+    trained = adapters(stories.model)
+    optimizer = Optimizer(trained, ema=0.9)
+    average_P = trained.flat_P.clone()
+    for update in range(1, 30):
+        trained.grad_P.normal_()
+        optimizer.step(1e-2)
+        kept = min(0.9, update / (update + 9))
+        average_P = kept * average_P + (1 - kept) * trained.flat_P
+    own_P = trained.flat_P.clone()
+    with optimizer.averaged():
+        assert torch.allclose(trained.flat_P, average_P, atol=1e-6)
+        assert not torch.allclose(trained.flat_P, own_P, atol=1e-3)
+    assert torch.equal(trained.flat_P, own_P)
+
+
+def test_without_an_average_nothing_is_kept(stories: Llm) -> None:
+    trained = adapters(stories.model)
+    optimizer = Optimizer(trained)
+    own_P = trained.flat_P.clone()
+    with optimizer.averaged():
+        assert torch.equal(trained.flat_P, own_P)
+    assert optimizer.average_P is None

@@ -8,7 +8,7 @@ import pytest
 
 from bioinstruct.model import Llm
 from bioinstruct.model.templates import TEMPLATES, get_template
-from bioinstruct.synth.records import Record
+from bioinstruct.synth.records import Record, Turn
 from bioinstruct.train.tokens import Limits, TokenSet, encode_records, load_tokens
 
 LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
@@ -36,7 +36,7 @@ def test_the_supervised_part_is_the_answer_and_its_stop_token(stories: Llm) -> N
     assert tokens.supervised[0] == len(ids) - prompt
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"llama-3", "mistral"}))
 def test_last_supervised_token_is_the_stop_token(name: str, smollm2: Path) -> None:
     from bioinstruct.model.tokenizer import load_tokenizer
 
@@ -174,3 +174,40 @@ def test_subsets_keep_samples_whole(stories: Llm, records_file: Path) -> None:
     assert part.sample(1)[1] == tokens.sample(0)[1]
     assert part.places == [tokens.places[4], tokens.places[0]]
     assert len(tokens.subset([])) == 0
+
+
+CHAT = Record(
+    "Why?",
+    "",
+    "So.",
+    {},
+    "c.jsonl",
+    3,
+    (Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Hello."))
+    + (Turn("user", "Well?"), Turn("assistant", "Yes.")),
+)
+
+
+def test_every_answer_of_a_conversation_is_learned_once(smollm2: Path) -> None:
+    from bioinstruct.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(smollm2)
+    template = get_template("chatml", tokenizer)
+    limits = {name: Limits(400, "error", "error", name) for name in ("all", "last")}
+    tokens = {
+        name: encode_records([CHAT], template, tokenizer, limit)[0]
+        for name, limit in limits.items()
+    }
+    assert (len(tokens["all"]), len(tokens["last"])) == (3, 1)
+    assert tokens["all"].places == ["c.jsonl:3"] * 3
+    whole, _ = tokens["last"].sample(0)
+    for i, answer in enumerate(["Hello.", "Yes.", "So."]):
+        ids, prompt = tokens["all"].sample(i)
+        # each is the conversation so far, to the token
+        assert ids.tolist() == whole[: len(ids)].tolist()
+        assert tokenizer.decode_continuation(ids[prompt:].tolist()) == answer
+
+
+def test_a_conversation_needs_a_template_with_turns(stories: Llm) -> None:
+    with pytest.raises(ValueError, match="'bioinstruct' cannot write conversations"):
+        encode(stories, CHAT)

@@ -9,10 +9,11 @@ the project itself does without both. They are asked for by name here, for the s
 
 seven/, two/     adapters of stories260K, written by peft: seven projections, and q and v alone in
                  bfloat16. Their numbers are random, B is not zero.
+patterned/       a third one: rsLoRA in some layers, other ranks and alphas in some modules
 exported/        the two configurations that we write and that peft and transformers opened: of
                  `seven` saved again by us, and of the exported model
 golden.npz       ids_0, ids_1: token ids; and float32 logits of both, one below the other:
-                 seven, two   transformers + peft, the adapter as peft wrote it
+                 seven, two, patterned   transformers + peft, the adapter as peft wrote it
                  plain        transformers, the model as we export it (one file, and in shards)
                  merged       transformers, the model as we export it with `seven` merged
 smollm2.npz      transformers on SmolLM2-135M-Instruct as we export it from its GGUF file: ids_0,
@@ -43,6 +44,15 @@ from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
 HERE = Path(__file__).parent
 BASE = HERE.parent / "stories260K"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PATTERNED = {
+    "r": 4,
+    "lora_alpha": 6,
+    "use_rslora": True,
+    "target_modules": SEVEN,
+    "layers_to_transform": [0, 2, 4],
+    "rank_pattern": {"model.layers.2.self_attn.q_proj": 2, "up_proj": 2},
+    "alpha_pattern": {"v_proj": 8.0, "layers.4.mlp.down_proj": 8.0},
+}
 PROMPTS = "The patient was given 5 mg of warfarin daily.", "Question: what is ataxia?\nAnswer:"
 ALLOWED = 1e-4
 
@@ -120,7 +130,8 @@ def outputs(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         model = peft.PeftModel.from_pretrained(their_model(BASE), path)
         return their_logits(model.eval(), documents)
 
-    places = {"seven": HERE / "seven", "two": HERE / "two", "exported seven": folder / "adapter"}
+    own = ("seven", "two", "patterned")
+    places = {name: HERE / name for name in own} | {"exported seven": folder / "adapter"}
     golden = {name: with_adapter(path) for name, path in places.items()}
     for name in ("plain", "shards", "merged"):
         golden[name] = their_logits(their_model(folder / name), documents)
@@ -162,6 +173,7 @@ def main() -> None:
         make_adapter(
             HERE / "two", 1, torch.bfloat16, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
         )
+        make_adapter(HERE / "patterned", 2, torch.float32, **PATTERNED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         golden, errors = outputs(folder)
@@ -183,7 +195,7 @@ def main() -> None:
 
 def kept(golden: dict[str, Tensor]) -> dict[str, Any]:
     """The logits that go to golden.npz."""
-    return {name: golden[name].numpy() for name in ("seven", "two", "plain", "merged")}
+    return {name: golden[name].numpy() for name in ("seven", "two", "patterned", "plain", "merged")}
 
 
 def versions() -> dict[str, str]:

@@ -99,6 +99,7 @@ def main(smollm2: Path) -> None:
     corpus = [text for record in sample for text in record.values() if isinstance(text, str)]
     write("smollm2", from_gguf(smollm2))
     write("stories260k", from_sentencepiece(HERE / "stories260K_tok512.model"))
+    write("stories260k_json", sentencepiece_json(HERE / "stories260K_tok512.model"))
     digits = [pre_tokenizers.Digits(individual_digits=True), byte_level(use_regex=True)]
     write("digits_bpe", train("digits_bpe", digits, corpus, LACKING, ignore_merges=False))
     split = pre_tokenizers.Split(Regex(LLAMA3), behavior="isolated")
@@ -175,6 +176,20 @@ def from_sentencepiece(path: Path) -> Tokenizer:
         ]
     )
     return tokenizer
+
+
+def sentencepiece_json(path: Path) -> Tokenizer:
+    """The same in the form of LLaMA 2's tokenizer.json, which keeps all blanks; saved for tests."""
+    tokenizer = from_sentencepiece(path)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder = HERE / "stories260k_json"
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    return plain
 
 
 def write(name: str, tokenizer: Tokenizer) -> None:
