@@ -102,6 +102,8 @@ def adamw_(
             lr, plus_ratio, weight_decay, grad_factor, b1, 1 - b1, b2, 1 - b2,
             unbias1, unbias2, eps, PLUS=plus_P is not None, BLOCK=BLOCK_P, num_warps=4,
         )  # fmt: skip
+        # torch does not see what a kernel writes, and copies of the masters are made by version
+        torch.autograd.graph.increment_version(p_P)
         return
     if grad_factor != 1.0:
         g_P.mul_(grad_factor)

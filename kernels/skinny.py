@@ -17,7 +17,7 @@ Bound    Memory: shrink and gradient_of_a read T*K elements, shrink_dy T*N, mask
          T*K; the parts are 4*R*(C*T + P*N) and 4*R*P*K bytes.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,36 +103,42 @@ def _shrink_dy(
 
 @jit(do_not_specialize=["seed", "site", "q"])
 def _gradient_of_a(
-    ds_ptr, x_ptr, da_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, x_stride, ROWS,
-    seed, site, q, DROP: tl.constexpr, UP: tl.constexpr,
+    ds_ptr, x_ptr, r_ptr, gain_ptr, da_ptr, positions_ptr, draws_ptr,
+    T, K, R, ds_stride, x_stride, ROWS, seed, site, q,
+    NORM: tl.constexpr, DROP: tl.constexpr, UP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # program (k, p) owns BLOCK_K columns and ROWS rows: part p of the columns' dA
     p = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK_K
     k = (first + tl.arange(0, BLOCK_K))[None, :]
-    r = tl.arange(0, BLOCK_R)
+    rank = tl.arange(0, BLOCK_R)
     da = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    if NORM:
+        gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     for start in range(p * ROWS, tl.minimum((p + 1) * ROWS, T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         x = tl.load(x_ptr + t[:, None] * x_stride + k, mask=(t[:, None] < T) & (k < K), other=0.0)
+        if NORM:
+            r = tl.load(r_ptr + t, mask=t < T, other=0.0)[:, None]
+            x = (x.to(tl.float32) * r * gain).to(x_ptr.dtype.element_ty)
         if DROP:
             x = _masked(
                 x, positions_ptr, draws_ptr, seed, site, t[:, None], T, first // 8, q, BLOCK_K // 8
             ).to(x_ptr.dtype.element_ty)
         ds = tl.load(
-            ds_ptr + t[None, :] * ds_stride + r[:, None],
-            mask=(t[None, :] < T) & (r[:, None] < R),
+            ds_ptr + t[None, :] * ds_stride + rank[:, None],
+            mask=(t[None, :] < T) & (rank[:, None] < R),
             other=0.0,
         )
         da = dot(ds, x, da, UP)
-    tl.store(da_ptr + (p * R + r[:, None]) * K + k, da, mask=(r[:, None] < R) & (k < K))
+    tl.store(da_ptr + (p * R + rank[:, None]) * K + k, da, mask=(rank[:, None] < R) & (k < K))
 
 
 @jit(do_not_specialize=["seed", "site", "q"])
 def _masked_expand(
     ds_ptr, a_ptr, g_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, a_stride, scale,
-    seed, site, q, UP: tl.constexpr,
+    seed, site, q, ADD: tl.constexpr, UP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
@@ -144,7 +150,10 @@ def _masked_expand(
     a = tl.load(a_ptr + r[:, None] * a_stride + k, mask=(r[:, None] < R) & (k < K), other=0.0)
     g = dot(ds, a.to(narrow), tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32), UP)
     g = _masked(g, positions_ptr, draws_ptr, seed, site, t, T, first // 8, q, BLOCK_K // 8)
-    tl.store(g_ptr + t * K + k, (g * scale).to(narrow), mask=(t < T) & (k < K))
+    g = g * scale
+    if ADD:
+        g += tl.load(g_ptr + t * K + k, mask=(t < T) & (k < K), other=0.0).to(tl.float32)
+    tl.store(g_ptr + t * K + k, g.to(narrow), mask=(t < T) & (k < K))
 
 
 @jit
@@ -260,47 +269,69 @@ def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: f
     return db_parts
 
 
+class Source(NamedTuple):
+    """The input of a LoRA linear: x itself, or what its norm is computed from again."""
+
+    x_TK: Tensor
+    """x, or the h that was normed; rows may be strided."""
+    r_T: Tensor | None = None
+    """Reciprocal root mean squares of h; None where x is given."""
+    gain_K: Tensor | None = None
+    """The norm's."""
+
+    def made(self) -> Tensor:
+        """Return x."""
+        if self.r_T is None or self.gain_K is None:
+            return self.x_TK
+        return (self.x_TK * self.r_T[:, None] * self.gain_K.float()).to(self.x_TK.dtype)
+
+
 def gradient_of_a(
-    ds_TR: Tensor, x_TK: Tensor, dropout: Dropout | None = None, site: int = 0
+    ds_TR: Tensor, source: Source, dropout: Dropout | None = None, site: int = 0
 ) -> Tensor:
     """Return (P, R, K) float32 parts, whose sum over P is dA without the mask's scale.
 
     Args:
         ds_TR: (T, R) in x's dtype; rows may be strided.
-        x_TK: (T, K) activations; rows may be strided.
+        source: (T, K) activations.
         dropout: mask of x, or None.
         site: of the mask.
     """
+    x_TK, r_T, gain_K = source
     (T, K), R = x_TK.shape, ds_TR.shape[1]
     block_t, block_k = 32, 128
     splits, rows = row_split(T, cdiv(K, block_k), block_t)
     parts = x_TK.new_empty(splits, R, K, dtype=torch.float32)
+    normed = x_TK if r_T is None else r_T, x_TK if gain_K is None else gain_K
     positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
     launch(
-        _gradient_of_a, (cdiv(K, block_k), splits), ds_TR, x_TK, parts, positions, draws,
-        T, K, R, ds_TR.stride(0), x_TK.stride(0), rows, *numbers,
+        _gradient_of_a, (cdiv(K, block_k), splits), ds_TR, x_TK, *normed, parts, positions, draws,
+        T, K, R, ds_TR.stride(0), x_TK.stride(0), rows, *numbers, NORM=r_T is not None,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_K=block_k,
         **_rank_block(R), num_stages=3,
     )  # fmt: skip
     return parts
 
 
-def masked_expand(ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int) -> Tensor:
-    """Return G = m*(ds A), (T, K) in ds's dtype.
+def masked_expand(
+    ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int, onto_TK: Tensor | None = None
+) -> Tensor:
+    """Return G = m*(ds A), (T, K) in ds's dtype; or add it to onto.
 
     Args:
         ds_TR: (T, R); rows may be strided.
         a_RK: (R, K); rows may be strided.
         dropout: the mask of the branch's input.
         site: of the mask.
+        onto_TK: contiguous; what another mask gave.
     """
     T, (R, K) = len(ds_TR), a_RK.shape
-    g_TK = ds_TR.new_empty(T, K)
+    g_TK = ds_TR.new_empty(T, K) if onto_TK is None else onto_TK
     positions, draws, *numbers = _mask_arguments(dropout, site, ds_TR)
     launch(
         _masked_expand, (cdiv(T, 32), cdiv(K, 128)), ds_TR, a_RK, g_TK, positions, draws,
-        T, K, R, ds_TR.stride(0), a_RK.stride(0), keep_scale(dropout), *numbers, UP=INTERPRETED,
-        BLOCK_T=32, BLOCK_K=128, **_rank_block(R),
+        T, K, R, ds_TR.stride(0), a_RK.stride(0), keep_scale(dropout), *numbers,
+        ADD=onto_TK is not None, UP=INTERPRETED, BLOCK_T=32, BLOCK_K=128, **_rank_block(R),
     )  # fmt: skip
     return g_TK
 

@@ -109,16 +109,24 @@ class Adapters:
         view.grad = self.grad_P[part].view(rows, columns)
         return view
 
+    @property
+    def version(self) -> int:
+        """A number that grows with every change of the masters."""
+        return self.flat_P._version
+
+    def ranks(self, layer: int, group: str) -> int:
+        """Sum of the ranks of one fused weight's adapters."""
+        return sum(len(m.a_RK) for m in self._groups.get((layer, group), ()))
+
     def branches(self, layer: int, group: str) -> Sequence[Branch]:
         """The adapters of one fused weight, in the order of its rows; may be empty.
 
-        They are to be scaled by settings.scale, all alike: where a pattern gives a module another
-        scale, the quotient of the two is in its B.
+        They are to be scaled by settings.scale, and by their factor where a pattern gives a module
+        another scale.
         """
         modules, common = self._groups.get((layer, group), ()), self.settings.scale
         return [
-            Branch(m.a_RK, m.b_NR if m.scale == common else m.b_NR * (m.scale / common), m.start)
-            for m in modules
+            Branch(m.a_RK, m.b_NR, m.start, m.scale / common, _number(m.target)) for m in modules
         ]
 
     @classmethod
@@ -211,6 +219,12 @@ class Adapters:
         with torch.no_grad():
             for key, place in wanted.items():
                 place.copy_(tensors[key])
+
+
+def _number(target: str) -> int:
+    """Which projection of its group a target is."""
+    group = TARGETS[target][0]
+    return [name for name, (own, _) in TARGETS.items() if own == group].index(target)
 
 
 def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:

@@ -16,7 +16,7 @@ Shapes   T packed tokens, D model width, H query heads, G key/value heads, E hea
          feed-forward width, V vocabulary, N = (H + 2G) * E.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,11 @@ from bioinstruct.kernels import (
     split_rope,
     swiglu,
 )
+from bioinstruct.kernels.augmented import linear_of
+from bioinstruct.kernels.dispatch import uses_triton
+from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_linear, norm_mlp
 from bioinstruct.model.adapters import GROUPS, Adapters
+from bioinstruct.model.augmented_layers import AugmentedLayer, AugmentedLayers
 from bioinstruct.model.config import LlamaConfig
 
 HEAD_ROWS = 8192
@@ -62,6 +66,20 @@ def pack_documents(documents: list[list[int]], device: torch.device | str = "cpu
         torch.tensor(positions, dtype=torch.int64, device=device),
         Documents.of_lengths([len(d) for d in documents], device),
     )
+
+
+class Residual(NamedTuple):
+    """The residual stream between fused layers, before the last half's output is added to it."""
+
+    x_TD: Tensor
+    delta_TD: Tensor | None = None
+    """What is to be added."""
+    room: int = 0
+    """Columns to leave free behind the rows of delta's gradient."""
+
+    def added(self) -> Tensor:
+        """(T, D), the stream as plain layers take it."""
+        return self.x_TD if self.delta_TD is None else self.x_TD + self.delta_TD
 
 
 class Block(nn.Module):
@@ -110,6 +128,35 @@ class Block(nn.Module):
         x_TD, h_TD = add_rmsnorm(x_TD, o_TD, self.mlp_norm_D, self.config.norm_eps)
         h_TF = swiglu(linear("gate_up", h_TD, self.gate_up_2FD))
         return x_TD + linear("down", h_TF, self.down_DF)
+
+    def augmented(
+        self,
+        residual: Residual,
+        rotation: Rotation,
+        attend: Attend,
+        buffers: AugmentedLayer,
+        dropout: Dropout | None = None,
+    ) -> Residual:
+        """Do as forward does, over buffers that hold weights and adapters, with fused kernels."""
+        eps = self.config.norm_eps
+        qkv, o, gate_up, down = (buffers.use(group, dropout) for group in GROUPS)
+        norm = Norm(self.attention_norm_D, eps, residual.room)
+        if self.q_norm_E is None:
+            x_TD, heads = norm_heads(
+                *residual[:2], norm, qkv, rotation, self.config.num_heads, self.bias_N
+            )
+        else:
+            x_TD, qkv_TN = norm_linear(*residual[:2], norm, qkv, self.bias_N)
+            heads = split_rope(self._normed_heads(qkv_TN), rotation, self.config.num_heads)
+        o_THE = attend(self.layer, heads)
+        o_TD = linear_of(o, o_THE.flatten(1))
+        norm = Norm(self.mlp_norm_D, eps, o.buffer.room)
+        return Residual(*norm_mlp(x_TD, o_TD, norm, gate_up, down), down.buffer.room)
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The frozen matrices that adapters may go with, by group."""
+        weights = self.qkv_ND, self.o_DM, self.gate_up_2FD, self.down_DF
+        return dict(zip(GROUPS, weights, strict=True))
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each tensor of this layer belongs, by the end of its Hugging Face name."""
@@ -165,6 +212,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.attention_backend = "sdpa"
+        self.may_augment = True
+        """Whether weights and adapters may share buffers; False where the weights are sharded."""
+        self._augmented: AugmentedLayers | None = None
 
         def frozen(*shape: int) -> nn.Parameter:
             empty = torch.empty(shape, device=device, dtype=dtype)
@@ -231,10 +281,37 @@ class Llama(nn.Module):
             dropout: masks for the branches, in training only.
         """
         rotation = self.rotation(positions_T)
-        x_TD = self.embedding_VD[ids_T]
-        for block in self.blocks:
-            x_TD = block(x_TD, rotation, attend, adapters, dropout)
-        return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)
+        layers = self._augmented_for(adapters)
+        residual = Residual(self.embedding_VD[ids_T])
+        for block, buffers in zip(self.blocks, layers, strict=True):
+            assert isinstance(block, Block)
+            if buffers is None:
+                plain_TD = residual.added()
+                residual = Residual(block(plain_TD, rotation, attend, adapters, dropout))
+            else:
+                residual = block.augmented(residual, rotation, attend, buffers, dropout)
+        x_TD, delta_TD, room = residual
+        if delta_TD is None:
+            return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)
+        return add_rmsnorm(x_TD, delta_TD, self.norm_D, self.config.norm_eps, room)[1]
+
+    def _augmented_for(self, adapters: Adapters | None) -> Sequence[AugmentedLayer | None]:
+        """Every layer's buffers for these adapters, up to date; None for layers that run plainly.
+
+        Made at their first use where the kernels run, and made anew for other adapters.
+        """
+        plain: list[AugmentedLayer | None] = [None] * len(self.blocks)
+        if adapters is None or not self.may_augment:
+            return plain
+        if not uses_triton(self.norm_D, adapters.flat_P):
+            return plain
+        if self._augmented is None or self._augmented.adapters is not adapters:
+            # the former buffers go first, or there would be two copies of the weights
+            self._augmented = None
+            matrices = (b.matrices() for b in self.blocks if isinstance(b, Block))
+            self._augmented = AugmentedLayers(matrices, adapters)
+        self._augmented.refresh()
+        return self._augmented.layers
 
     def logits(self, pack: Pack, adapters: Adapters | None = None) -> Tensor:
         """(T, V) float32 logits of every token of a pack."""
