@@ -43,6 +43,7 @@ from bioinstruct.kernels.lora import (
     write_t,
 )
 from bioinstruct.kernels.rows import extended, with_dense_rows
+from bioinstruct.kernels.skinny import Mask
 
 MAX_RANKS = 192
 
@@ -116,32 +117,48 @@ class Use(NamedTuple):
         """Of the branches."""
         return parts_of(self.group, self.buffer.masters)
 
+    @property
+    def mask(self) -> Mask:
+        """Of all branches, where they share one."""
+        return Mask(self.group.scale, self.group.dropout, self.group.sites[0])
+
+    def fuses(self, most: int = skinny.MAX_RANK) -> bool:
+        """Whether neighbouring kernels may take the branches along: few ranks, and one mask."""
+        return 0 < self.buffer.room <= most and len(set(self.group.sites)) == 1
+
     def product(self, x_TK: Tensor, bias_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y, and t for the backward pass; t is also written into the room behind x."""
-        buffer = self.buffer
-        t_TR = x_TK.new_empty(len(x_TK), buffer.room)
-        if not buffer.ranks:
-            return _linear(x_TK, buffer.we, bias_N), t_TR
-        write_t(t_TR, x_TK, buffer.a_RK, self.group, self.parts)
-        return self.finished(x_TK, t_TR, bias_N), t_TR
+        t_TR = x_TK.new_empty(len(x_TK), self.buffer.room)
+        if self.buffer.ranks:
+            write_t(t_TR, x_TK, self.buffer.a_RK, self.group, self.parts)
+            if (x_ext := extended(x_TK, self.buffer.room)) is not None:
+                x_ext[:, self.buffer.K :] = t_TR
+        return self.applied(x_TK, t_TR, bias_N), t_TR
 
-    def finished(self, x_TK: Tensor, t_TR: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        """Return y, where t is known."""
-        buffer, K = self.buffer, x_TK.shape[1]
+    def applied(self, x_TK: Tensor, t_TR: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """Return y, where t is known, and stands in the room behind x if there is some."""
+        buffer = self.buffer
+        if not buffer.ranks:
+            return _linear(x_TK, buffer.we, bias_N)
         x_ext = extended(x_TK, buffer.room)
-        if x_ext is None:
-            y_TN = _linear(x_TK, buffer.w_NK, bias_N)
-            return y_TN.addmm_(t_TR, buffer.we[: buffer.N, K:].T)
-        x_ext[:, K:] = t_TR
-        return _linear(x_ext, buffer.we[: buffer.N], bias_N)
+        if x_ext is not None:
+            return _linear(x_ext, buffer.we[: buffer.N], bias_N)
+        return _linear(x_TK, buffer.w_NK, bias_N).addmm_(t_TR, buffer.we[: buffer.N, buffer.K :].T)
+
+    def room_for_ds(self, dy_TN: Tensor) -> Tensor:
+        """The room behind dy, or memory of its own, for the padded ds."""
+        buffer = self.buffer
+        dy_ext = extended(dy_TN, buffer.room)
+        ds_TR = dy_TN.new_empty(len(dy_TN), buffer.room)
+        if dy_ext is not None:
+            ds_TR = dy_ext[:, buffer.N :]
+        # the padding meets zeros of We, and zero times whatever lies there need not be zero
+        ds_TR[:, buffer.ranks :] = 0
+        return ds_TR
 
     def gradients_of_b(self, dy_TN: Tensor, t_TR: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return ds, written into the room behind dy where there is some, and dB of each branch."""
-        buffer = self.buffer
-        dy_ext = extended(dy_TN, buffer.room)
-        ds_TR = torch.empty_like(t_TR) if dy_ext is None else dy_ext[:, buffer.N :]
-        # the padding meets zeros of We, and zero times whatever lies there need not be zero
-        ds_TR[:, buffer.ranks :] = 0
+        ds_TR = self.room_for_ds(dy_TN)
         return ds_TR, up_backward(dy_TN, t_TR, ds_TR, self.group, self.parts)
 
     def gradients_of_a(self, source: skinny.Source, ds_TR: Tensor) -> list[Tensor | None]:
@@ -150,15 +167,27 @@ class Use(NamedTuple):
             return []
         return down_backward(source, ds_TR[:, : self.buffer.ranks], self.group, self.parts)
 
+    def summed_a(self, parts_PRK: Tensor) -> list[Tensor | None]:
+        """Return dA of each branch, from parts that a fused kernel wrote."""
+        scale = skinny.keep_scale(self.group.dropout)
+        return [skinny.add_gradient(p.a_RK, parts_PRK[:, p.ranks], scale) for p in self.parts]
+
     def input_gradient(self, dy_TN: Tensor, ds_TR: Tensor) -> Tensor:
         """Return dx."""
+        if self.buffer.ranks and self.group.dropout is not None:
+            buffer = self.buffer
+            return input_gradient(dy_TN, buffer.w_NK, ds_TR, buffer.a_RK, self.group, self.parts)
+        return self.unmasked_gradient(dy_TN, ds_TR)
+
+    def unmasked_gradient(self, dy_TN: Tensor, ds_TR: Tensor) -> Tensor:
+        """Return dx without the part of it that goes through a mask."""
         buffer = self.buffer
+        if not buffer.ranks or self.group.dropout is not None:
+            return torch.mm(dy_TN, buffer.w_NK)
         dy_ext = extended(dy_TN, buffer.room)
-        if not buffer.ranks:
-            return torch.mm(dy_TN, buffer.we)
-        if dy_ext is not None and self.group.dropout is None:
+        if dy_ext is not None:
             return torch.mm(dy_ext, buffer.we[:, : buffer.K])
-        return input_gradient(dy_TN, buffer.w_NK, ds_TR, buffer.a_RK, self.group, self.parts)
+        return torch.mm(dy_TN, buffer.w_NK).addmm_(ds_TR, buffer.a_RK)
 
 
 def _linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -42,7 +42,7 @@ PROGRAMS = 256
 
 
 @jit
-def _masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl.constexpr):
+def masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl.constexpr):
     """x where the mask keeps, else 0; the mask's scale is the caller's."""
     positions = tl.load(positions_ptr + t, mask=t < T, other=0)
     draws = tl.load(draws_ptr + t, mask=t < T, other=0)
@@ -63,7 +63,7 @@ def _shrink(
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + t * x_stride + k[None, :], mask=(t < T) & (k[None, :] < K), other=0.0)
         if DROP:
-            x = _masked(
+            x = masked(
                 x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8
             ).to(x_ptr.dtype.element_ty)
         a = tl.load(
@@ -123,7 +123,7 @@ def _gradient_of_a(
             r = tl.load(r_ptr + t, mask=t < T, other=0.0)[:, None]
             x = (x.to(tl.float32) * r * gain).to(x_ptr.dtype.element_ty)
         if DROP:
-            x = _masked(
+            x = masked(
                 x, positions_ptr, draws_ptr, seed, site, t[:, None], T, first // 8, q, BLOCK_K // 8
             ).to(x_ptr.dtype.element_ty)
         ds = tl.load(
@@ -149,7 +149,7 @@ def _masked_expand(
     ds = tl.load(ds_ptr + t * ds_stride + r[None, :], mask=(t < T) & (r[None, :] < R), other=0.0)
     a = tl.load(a_ptr + r[:, None] * a_stride + k, mask=(r[:, None] < R) & (k < K), other=0.0)
     g = dot(ds, a.to(narrow), tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32), UP)
-    g = _masked(g, positions_ptr, draws_ptr, seed, site, t, T, first // 8, q, BLOCK_K // 8)
+    g = masked(g, positions_ptr, draws_ptr, seed, site, t, T, first // 8, q, BLOCK_K // 8)
     g = g * scale
     if ADD:
         g += tl.load(g_ptr + t * K + k, mask=(t < T) & (k < K), other=0.0).to(tl.float32)
@@ -182,14 +182,14 @@ def keep_scale(dropout: Dropout | None) -> float:
     return 1.0 if dropout is None else 65536 / (65536 - dropout.dropped)
 
 
-def _mask_arguments(dropout: Dropout | None, site: int, some: Tensor) -> list[Any]:
+def mask_arguments(dropout: Dropout | None, site: int, some: Tensor) -> list[Any]:
     """The mask's tensors and numbers, in the kernels' order; without a mask nothing reads them."""
     if dropout is None:
         return [some, some, 0, 0, 0]
     return [dropout.positions_T, dropout.draws_T, dropout.seed, site, dropout.dropped]
 
 
-def _rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
+def rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
     """The rank's tile, at least the 16 a product takes on a GPU, and its warps.
 
     Four warps below doubled_from and eight from there on is what spills on no architecture.
@@ -205,11 +205,19 @@ def row_split(T: int, blocks: int, block_t: int) -> tuple[int, int]:
     return cdiv(T, rows), rows
 
 
-def _sum_into(out: Tensor, parts: Tensor, scale: float, *, add: bool) -> None:
+def sum_into(out: Tensor, parts: Tensor, scale: float, *, add: bool) -> None:
     """out (+)= scale * the sum of parts over their first dimension; out's rows may be strided."""
     size, columns = out.numel(), out.shape[1]
     numbers = len(parts), size, columns, parts.stride(0), out.stride(0), scale
     launch(_sum_parts, (cdiv(size, 1024),), parts, out, *numbers, ADD=add, BLOCK=1024, num_warps=4)
+
+
+class Mask(NamedTuple):
+    """Scale of the branches, and the mask of their input."""
+
+    scale: float
+    dropout: Dropout | None
+    site: int
 
 
 def shrink(
@@ -231,13 +239,13 @@ def shrink(
         site: of the mask.
     """
     T, K = x_TK.shape
-    positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
+    positions, draws, *numbers = mask_arguments(dropout, site, x_TK)
     launch(
         _shrink, (cdiv(T, 64),), x_TK, a_RK, t_TR, positions, draws,
         T, K, len(a_RK), x_TK.stride(0), a_RK.stride(0), t_TR.stride(0),
         scale * keep_scale(dropout), *numbers,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=64, BLOCK_K=64,
-        **_rank_block(len(a_RK), 32), num_stages=3,
+        **rank_block(len(a_RK), 32), num_stages=3,
     )  # fmt: skip
 
 
@@ -263,9 +271,9 @@ def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: f
     launch(
         _shrink_dy, (columns, splits), dy_TN, b_NR, t_TR, ds_parts, db_parts,
         T, N, R, dy_TN.stride(0), t_TR.stride(0), rows, UP=INTERPRETED,
-        BLOCK_T=block_t, BLOCK_N=block_n, **_rank_block(R), num_stages=3,
+        BLOCK_T=block_t, BLOCK_N=block_n, **rank_block(R), num_stages=3,
     )  # fmt: skip
-    _sum_into(ds_TR, ds_parts, scale, add=False)
+    sum_into(ds_TR, ds_parts, scale, add=False)
     return db_parts
 
 
@@ -303,12 +311,12 @@ def gradient_of_a(
     splits, rows = row_split(T, cdiv(K, block_k), block_t)
     parts = x_TK.new_empty(splits, R, K, dtype=torch.float32)
     normed = x_TK if r_T is None else r_T, x_TK if gain_K is None else gain_K
-    positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
+    positions, draws, *numbers = mask_arguments(dropout, site, x_TK)
     launch(
         _gradient_of_a, (cdiv(K, block_k), splits), ds_TR, x_TK, *normed, parts, positions, draws,
         T, K, R, ds_TR.stride(0), x_TK.stride(0), rows, *numbers, NORM=r_T is not None,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_K=block_k,
-        **_rank_block(R), num_stages=3,
+        **rank_block(R), num_stages=3,
     )  # fmt: skip
     return parts
 
@@ -327,11 +335,11 @@ def masked_expand(
     """
     T, (R, K) = len(ds_TR), a_RK.shape
     g_TK = ds_TR.new_empty(T, K) if onto_TK is None else onto_TK
-    positions, draws, *numbers = _mask_arguments(dropout, site, ds_TR)
+    positions, draws, *numbers = mask_arguments(dropout, site, ds_TR)
     launch(
         _masked_expand, (cdiv(T, 32), cdiv(K, 128)), ds_TR, a_RK, g_TK, positions, draws,
         T, K, R, ds_TR.stride(0), a_RK.stride(0), keep_scale(dropout), *numbers,
-        ADD=onto_TK is not None, UP=INTERPRETED, BLOCK_T=32, BLOCK_K=128, **_rank_block(R),
+        ADD=onto_TK is not None, UP=INTERPRETED, BLOCK_T=32, BLOCK_K=128, **rank_block(R),
     )  # fmt: skip
     return g_TK
 
@@ -343,8 +351,8 @@ def add_gradient(master: Tensor, parts: Tensor, scale: float = 1.0) -> Tensor | 
     gradient of the master's size, and its allocation.
     """
     if master.grad is not None and master.grad.is_contiguous():
-        _sum_into(master.grad, parts, scale, add=True)
+        sum_into(master.grad, parts, scale, add=True)
         return None
     gradient = torch.empty_like(master)
-    _sum_into(gradient, parts, scale, add=False)
+    sum_into(gradient, parts, scale, add=False)
     return gradient

@@ -100,7 +100,7 @@ def test_branches_of_one_scale_do_what_each_module_s_scale_says(stories: Llm, gr
     branches = adapters.branches(2, group)
     assert len(branches) == len(modules)
     for module, branch in zip(modules, branches, strict=True):
-        delta = adapters.settings.scale * branch.b_NR @ branch.a_RK
+        delta = adapters.settings.scale * branch.factor * branch.b_NR @ branch.a_RK
         assert torch.allclose(delta, module.scale * module.b_NR @ module.a_RK, atol=1e-6)
 
 

@@ -93,11 +93,12 @@ def test_loss_and_gradient_by_finite_differences(stories: Llm, samples: TokenSet
         model.destinations()[name].copy_(place)
     trained = Adapters(model.config, LoraSettings(r=2, alpha=4.0), dtype=torch.float64)
     trained.initialise(0)
+    generator = torch.Generator().manual_seed(2)
+    start = torch.randn(trained.flat_P.shape, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        trained.flat_P.add_(0.02 * torch.randn(trained.flat_P.shape, dtype=torch.float64))
+        trained.flat_P.add_(start, alpha=0.02)
     batch = collate(samples, [0, 1, 2], DRAWS)
     add_gradient(model, trained, batch, 1.0)
-    generator = torch.Generator().manual_seed(2)
     direction = torch.randn(trained.flat_P.shape, generator=generator, dtype=torch.float64)
     slope, eps = float(trained.grad_P @ direction), 1e-5
     losses = []
