@@ -35,6 +35,8 @@ from bioinstruct.kernels.dropout import Dropout, keep_lanes
 
 MAX_RANK = 64
 """Above it a rank's tile no longer fits beside the activations', and library GEMMs take over."""
+CHUNK = 128
+"""Rows that a fused kernel writes before it reads them back: few enough to be in cache still."""
 PROGRAMS = 256
 """Wanted programs of a split sum, about two a multiprocessor; fixed, so that sums are, too."""
 
@@ -74,6 +76,33 @@ def _shrink(
         acc = dot(x, a.to(x_ptr.dtype.element_ty), acc, UP)
     out = (acc * scale).to(t_ptr.dtype.element_ty)
     tl.store(t_ptr + t * t_stride + r[None, :], out, mask=(t < T) & (r[None, :] < R))
+
+
+@jit
+def read_back(
+    dy_ptr, b_ptr, t_ptr, ds_ptr, db, first, end, n, N, R, T, dy_stride, b_stride, t_stride,
+    UP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write dy B of rows first to end and columns n, and return dB with their dy^T t added.
+
+    For kernels that have written dy themselves. Taking the products from the registers that hold it
+    would want these in other layouts, and spill; the rows just written are still in cache.
+    """
+    tl.debug_barrier()
+    rank = tl.arange(0, BLOCK_R)[None, :]
+    mask = (n[:, None] < N) & (rank < R)
+    b = tl.load(b_ptr + n[:, None] * b_stride + rank, mask=mask, other=0.0)
+    for start in range(first, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)[:, None]
+        own = (t < T) & (rank < R)
+        dy = tl.load(
+            dy_ptr + t * dy_stride + n[None, :], mask=(t < T) & (n[None, :] < N), other=0.0
+        )
+        ds = dot(dy, b, tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32), UP)
+        tl.store(ds_ptr + t * R + rank, ds, mask=own)
+        s = tl.load(t_ptr + t * t_stride + rank, mask=own, other=0.0)
+        db = dot(tl.trans(dy), s, db, UP)
+    return db
 
 
 @jit

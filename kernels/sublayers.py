@@ -316,9 +316,11 @@ def _back_through_gate(
         da_TF, gate_up_T2F, own, (b_2FR, t_TR, ranks), down.mask, buffer.room
     )
     ds_TR = gate_up.room_for_ds(found.dgate_up_T2F)
-    sum_into(ds_TR[:, : buffer.ranks], found.ds_CTR, gate_up.group.scale, add=False)
-    sums = [s for s in (found.db_gate_PFR, found.db_up_PFR) if s.shape[2]]
-    db = [add_gradient(p.b_NR, s, p.factor) for p, s in zip(parts, sums, strict=True)]
+    db: list[Tensor | None] = []
+    sums = [both for both in zip(found.ds_CTR, found.db_PFR, strict=True) if both[0].shape[2]]
+    for part, (ds_CTR, db_PFR) in zip(parts, sums, strict=True):
+        sum_into(ds_TR[:, part.ranks], ds_CTR, gate_up.group.scale, add=False)
+        db.append(add_gradient(part.b_NR, db_PFR, part.factor))
     return _Above(found.dgate_up_T2F, ds_TR, db), down.summed_a(found.da_PRF)
 
 

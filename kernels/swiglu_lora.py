@@ -26,15 +26,18 @@ from bioinstruct.kernels.dispatch import INTERPRETED, cdiv, dot, jit, launch, tl
 from bioinstruct.kernels.dropout import keep_lanes
 from bioinstruct.kernels.rows import with_room
 from bioinstruct.kernels.skinny import (
+    CHUNK,
     Mask,
     keep_scale,
     mask_arguments,
     masked,
     rank_block,
+    read_back,
     row_split,
 )
 
 MAX_RANK = 16
+BLOCK_F = 64
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -80,64 +83,67 @@ def _swiglu_bwd_lora(
     positions_ptr, draws_ptr,
     T, F, R, GATE, UPS, ds_stride, a_stride, b_stride, t_stride, dgate_up_stride, ROWS,
     keep_scale, seed, site, q,
-    DROP: tl.constexpr, UP: tl.constexpr,
+    DROP: tl.constexpr, UP: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # program (c, p) owns BLOCK_F columns and ROWS rows; GATE and UPS are the two branches' ranks
     c, p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK_F
-    f = first + tl.arange(0, BLOCK_F)
-    rank = tl.arange(0, BLOCK_R)[None, :]
+    n = first + tl.arange(0, BLOCK_F)
+    f = n[None, :]
+    rank = tl.arange(0, BLOCK_R)
     narrow = dgate_up_ptr.dtype.element_ty
-    g_mask, u_mask = (f[:, None] < F) & (rank < GATE), (f[:, None] < F) & (rank < UPS)
-    b_gate = tl.load(b_ptr + f[:, None] * b_stride + rank, mask=g_mask, other=0.0)
-    b_up = tl.load(b_ptr + (F + f[:, None]) * b_stride + GATE + rank, mask=u_mask, other=0.0)
-    column = tl.arange(0, BLOCK_R)[:, None]
-    a_mask = (column < R) & (f[None, :] < F)
-    if DROP:
-        a = tl.load(a_ptr + column * a_stride + f[None, :], mask=a_mask, other=0.0)
+    a_mask = (rank[:, None] < R) & (f < F)
+    ds_parts += c * T * (GATE + UPS)
     db_gate = tl.zeros((BLOCK_F, BLOCK_R), dtype=tl.float32)
     db_up = tl.zeros((BLOCK_F, BLOCK_R), dtype=tl.float32)
     da = tl.zeros((BLOCK_R, BLOCK_F), dtype=tl.float32)
-    zero = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
-    for start in range(p * ROWS, tl.minimum((p + 1) * ROWS, T), BLOCK_T):
-        t = (start + tl.arange(0, BLOCK_T))[:, None]
-        mask = (t < T) & (f[None, :] < F)
-        dh = tl.load(dh_ptr + t * F + f[None, :], mask=mask, other=0.0).to(tl.float32)
-        ds = tl.load(ds_ptr + t * ds_stride + rank, mask=(t < T) & (rank < R), other=0.0)
-        if DROP:
-            positions = tl.load(positions_ptr + t, mask=t < T, other=0)
-            draws = tl.load(draws_ptr + t, mask=t < T, other=0)
-            keep = keep_lanes(seed, site, positions, draws, first // 8, q, BLOCK_F // 8)
-            back = dot(ds, a, tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32), UP)
-            dh += tl.where(keep, back, 0.0) * keep_scale
-        place = gate_up_ptr + t * 2 * F + f[None, :]
-        gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(place + F, mask=mask, other=0.0).to(tl.float32)
-        s = tl.sigmoid(gate)
-        silu = gate * s
-        h = (silu * up).to(narrow)
-        if DROP:
-            h = tl.where(keep, h, 0.0).to(narrow)
-        da = dot(tl.trans(ds), h, da, UP)
-        # silu' = s + silu (1 - s)
-        dgate = (dh * up * (s + silu * (1.0 - s))).to(narrow)
-        out = dgate_up_ptr + t * dgate_up_stride + f[None, :]
-        part = ds_parts + (c * T + t) * (GATE + UPS) + rank
-        tl.store(out, dgate, mask=mask)
-        tl.store(part, dot(dgate, b_gate, zero, UP), mask=(t < T) & (rank < GATE))
-        t_gate = tl.load(t_ptr + t * t_stride + rank, mask=(t < T) & (rank < GATE), other=0.0)
-        db_gate = dot(tl.trans(dgate), t_gate, db_gate, UP)
-        dup = (dh * silu).to(narrow)
-        tl.store(out + F, dup, mask=mask)
-        tl.store(part + GATE, dot(dup, b_up, zero, UP), mask=(t < T) & (rank < UPS))
-        t_up = tl.load(t_ptr + t * t_stride + GATE + rank, mask=(t < T) & (rank < UPS), other=0.0)
-        db_up = dot(tl.trans(dup), t_up, db_up, UP)
-    db_gate_ptr = db_parts + p * F * (GATE + UPS) + f[:, None] * GATE + rank
-    tl.store(db_gate_ptr, db_gate, mask=g_mask)
-    db_up_ptr = db_parts + p * F * (GATE + UPS) + F * GATE + f[:, None] * UPS + rank
-    tl.store(db_up_ptr, db_up, mask=u_mask)
-    tl.store(da_parts + (p * R + column) * F + f[None, :], da, mask=a_mask)
+    last = tl.minimum((p + 1) * ROWS, T)
+    for chunk in range(p * ROWS, last, CHUNK):
+        end = tl.minimum(chunk + CHUNK, last)
+        for start in range(chunk, end, BLOCK_T):
+            t = (start + tl.arange(0, BLOCK_T))[:, None]
+            mask = (t < T) & (f < F)
+            dh = tl.load(dh_ptr + t * F + f, mask=mask, other=0.0).to(tl.float32)
+            ds = tl.load(
+                ds_ptr + t * ds_stride + rank[None, :],
+                mask=(t < T) & (rank[None, :] < R),
+                other=0.0,
+            )
+            place = gate_up_ptr + t * 2 * F + f
+            gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(place + F, mask=mask, other=0.0).to(tl.float32)
+            s = tl.sigmoid(gate)
+            silu = gate * s
+            h = (silu * up).to(narrow)
+            if DROP:
+                positions = tl.load(positions_ptr + t, mask=t < T, other=0)
+                draws = tl.load(draws_ptr + t, mask=t < T, other=0)
+                keep = keep_lanes(seed, site, positions, draws, first // 8, q, BLOCK_F // 8)
+                a = tl.load(a_ptr + rank[:, None] * a_stride + f, mask=a_mask, other=0.0)
+                back = dot(ds, a, tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32), UP)
+                dh += tl.where(keep, back, 0.0) * keep_scale
+                h = tl.where(keep, h, 0.0).to(narrow)
+            da = dot(tl.trans(ds), h, da, UP)
+            # silu' = s + silu (1 - s)
+            out = dgate_up_ptr + t * dgate_up_stride + f
+            tl.store(out, (dh * up * (s + silu * (1.0 - s))).to(narrow), mask=mask)
+            tl.store(out + F, (dh * silu).to(narrow), mask=mask)
+        db_gate = read_back(
+            dgate_up_ptr, b_ptr, t_ptr, ds_parts, db_gate, chunk, end, n, F, GATE, T,
+            dgate_up_stride, b_stride, t_stride, UP, BLOCK_T, BLOCK_R,
+        )  # fmt: skip
+        db_up = read_back(
+            dgate_up_ptr + F, b_ptr + F * b_stride + GATE, t_ptr + GATE, ds_parts + T * GATE, db_up,
+            chunk, end, n, F, UPS, T, dgate_up_stride, b_stride, t_stride, UP, BLOCK_T, BLOCK_R,
+        )  # fmt: skip
+    row = p * F * (GATE + UPS)
+    column = rank[None, :]
+    place = db_parts + row + n[:, None] * GATE + column
+    tl.store(place, db_gate, mask=(n[:, None] < F) & (column < GATE))
+    place = db_parts + row + F * GATE + n[:, None] * UPS + column
+    tl.store(place, db_up, mask=(n[:, None] < F) & (column < UPS))
+    tl.store(da_parts + (p * R + rank[:, None]) * F + f, da, mask=a_mask)
 
 
 # ---- launches ----------------------------------------------------------------------------------
@@ -170,10 +176,9 @@ class GateGradients(NamedTuple):
     """What the backward kernel wrote; parts are float32 and to be added over their first axis."""
 
     dgate_up_T2F: Tensor
-    ds_CTR: Tensor
-    """Of gate and up, without the scale of the branches."""
-    db_gate_PFR: Tensor
-    db_up_PFR: Tensor
+    ds_CTR: tuple[Tensor, Tensor]
+    """Of gate and of up, without the scale of the branches."""
+    db_PFR: tuple[Tensor, Tensor]
     da_PRF: Tensor
     """Of down, without the mask's scale."""
 
@@ -200,27 +205,31 @@ def swiglu_backward_with_lora(
     (ds_TR, a_RF), (b_2FR, t_TR, (gate, up)) = down, above
     (T, F), R = dh_TF.shape, ds_TR.shape[1]
     out_T2F = with_room(gate_up_T2F, gate_up_T2F.shape, room)
-    block_t, block_f = 16, 128
-    columns = cdiv(F, block_f)
-    splits, rows = row_split(T, columns, block_t)
+    columns = cdiv(F, BLOCK_F)
+    splits, rows = row_split(T, columns, CHUNK)
 
     def parts(*shape: int) -> Tensor:
         return dh_TF.new_empty(shape, dtype=torch.float32)
 
-    ds_CTR, db_P, da_PRF = (
-        parts(columns, T, gate + up),
-        parts(splits, F * (gate + up)),
-        parts(splits, R, F),
-    )
+    ds_C = parts(columns, T * (gate + up))
+    db_P, da_PRF = parts(splits, F * (gate + up)), parts(splits, R, F)
     positions, draws, *numbers = mask_arguments(mask.dropout, mask.site, dh_TF)
     launch(
         _swiglu_bwd_lora, (columns, splits), dh_TF, gate_up_T2F, ds_TR, a_RF, b_2FR, t_TR, out_T2F,
-        ds_CTR, db_P, da_PRF, positions, draws, T, F, R, gate, up, ds_TR.stride(0), a_RF.stride(0),
-        b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows, keep_scale(mask.dropout), *numbers,
-        DROP=mask.dropout is not None, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_F=block_f,
-        BLOCK_R=16, num_warps=8, num_stages=2,
+        ds_C, db_P, da_PRF, positions, draws, T, F, R, gate, up, ds_TR.stride(0), a_RF.stride(0),
+        b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows, keep_scale(mask.dropout),
+        *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK, BLOCK_T=32,
+        BLOCK_F=BLOCK_F, **rank_block(max(R, gate, up)), num_stages=2,
     )  # fmt: skip
-    db_gate, db_up = db_P.split((F * gate, F * up), dim=1)
     return GateGradients(
-        out_T2F, ds_CTR, db_gate.unflatten(1, (F, gate)), db_up.unflatten(1, (F, up)), da_PRF
+        out_T2F,
+        _split(ds_C, T, (gate, up)),
+        _split(db_P, F, (gate, up)),
+        da_PRF,
     )
+
+
+def _split(parts: Tensor, rows: int, ranks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Parts of both branches, which stand one after the other, apart."""
+    gate, up = parts.split([rows * rank for rank in ranks], dim=1)
+    return gate.unflatten(1, (rows, ranks[0])), up.unflatten(1, (rows, ranks[1]))
