@@ -1,14 +1,14 @@
 """RMSNorm fused with the LoRA branches of the projections that follow it.
 
-    forward    h = x + delta,  y = h r w,  t = s (m*y) A^T               in one pass over x and delta
+    forward    h = x + delta,  y = h r w,  t = s (m*y) A^T              in one pass over x and delta
     backward   g = w * (dy + m*(ds A)),   dx = r g - c h + dh,   c_t = r^3 / D sum_k g_tk h_tk
                dA = ds^T (m*y)                                    y from h and r, so it is not saved
 
-dy is the frozen product's gradient; without a mask the library product has added ds A to it already
-(augmented.py), with one it is added here, and the mask is drawn once for it and for dA. The row sums
-c come first, because a program of the second kernel owns a block of columns: so dA is summed over
-many rows in registers, and few parts of it go through memory. The branch's share of a row sum needs
-no columns: sum_k y_k m_k (ds A)_k = ds . t / s.
+dy is the frozen product's gradient; without a mask the library product has added ds A to it
+(augmented.py), with one it is added here, and the mask is drawn once for it and for dA. The row
+sums c come first, because a program of the second kernel owns a block of columns: so dA is summed
+over many rows in registers, and few parts of it go through memory. The branch's share of a row sum
+needs no columns: sum_k y_k m_k (ds A)_k = ds . t / s.
 
 Shapes   T = packed tokens, D = model width, R = padded ranks, P = row splits.
 Numerics Loads and stores in the input dtype, arithmetic and sums in float32; h and y are rounded
@@ -94,7 +94,7 @@ def _norm_t(
 @jit
 def _norm_sums(
     dy_ptr, h_ptr, w_ptr, r_ptr, ds_ptr, t_ptr, c_ptr, D, R, dy_stride, ds_stride, unscale,
-    DROP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    DROP: tl.constexpr, BLOCK_D: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     r = tl.load(r_ptr + t)
@@ -106,7 +106,7 @@ def _norm_sums(
         products += dy * h * tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     total = tl.sum(products, axis=0)
     if DROP:
-        rank = tl.arange(0, BLOCK_R)
+        rank = tl.arange(0, RANKS)
         ds = tl.load(ds_ptr + t * ds_stride + rank, mask=rank < R, other=0.0).to(tl.float32)
         s = tl.load(t_ptr + t * R + rank, mask=rank < R, other=0.0).to(tl.float32)
         total += tl.sum(ds * s, axis=0) * unscale / r
@@ -238,7 +238,7 @@ def norm_backward_with_da(
     launch(
         _norm_sums, (T,), dy_TD, h_TD, w_D, r_T, ds_TR, t_TR, c_T, D, R, dy_TD.stride(0),
         ds_TR.stride(0), 1 / mask.scale, DROP=drop, BLOCK_D=min(2048, next_power_of_2(D)),
-        BLOCK_R=next_power_of_2(R), num_warps=4,
+        RANKS=next_power_of_2(R), num_warps=4,
     )  # fmt: skip
     block_t, block_d = 32, 64
     splits, rows = row_split(T, cdiv(D, block_d), block_t)

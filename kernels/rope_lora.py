@@ -1,11 +1,12 @@
 """The backward rotation fused with the LoRA branches of the projection before it.
 
-    dy = rotation^-1 of dq and dk,  dv as it is;     ds = s dy B,   dB = dy^T t     of q, k and v each
+    dy = rotation^-1 of dq and dk,  dv as it is;   ds = s dy B,  dB = dy^T t    of q, k and v each
 
-One launch a projection: its heads' gradient is turned on its way into the rows of dy, CHUNK rows at
-a time, which are read back from cache for the two products of a rank's width.
+One launch a projection: its heads' gradient is turned on its way into the rows of dy, CHUNK rows
+at a time, which are read back from cache for the two products of a rank's width.
 
-Shapes   T = packed tokens, E = head width, R = rank of the projection, H = its heads, P = row splits.
+Shapes   T = packed tokens, E = head width, R = rank of the projection, H = its heads, P = row
+         splits.
 Numerics dy is rounded before the products, as a separate pass would read it; sums in float32.
 Bound    Memory: 2*T*H*E elements; the parts are 4*R*H*(T + P*E) bytes.
 """

@@ -1,10 +1,10 @@
 """SwiGLU fused with the LoRA branches of the projections around it.
 
-    forward    h = silu(gate) * up,  t = s (m*h) A^T           A of down; in one pass over gate and up
-    backward   dh += m*(ds A)                          with a mask; without, dh holds the branch's part
+    forward    h = silu(gate) * up,  t = s (m*h) A^T         A of down; one pass over gate and up
+    backward   dh += m*(ds A)                      with a mask; without, dh holds the branch's part
                dgate = dh up silu'(gate),  dup = dh silu(gate)
                ds_gate = s dgate B_gate,  dB_gate = dgate^T t_gate,  and up's alike
-               dA = ds^T (m*h)                              h from gate and up again: it is not saved
+               dA = ds^T (m*h)                          h from gate and up again: it is not saved
 
 A program of the backward kernel owns a block of columns and several rows, so that dB and dA are
 summed in registers. It stops at MAX_RANK, above which its tiles would spill.
@@ -37,7 +37,7 @@ from bioinstruct.kernels.skinny import (
 )
 
 MAX_RANK = 16
-BLOCK_F = 64
+BLOCK_F = 128
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -218,8 +218,9 @@ def swiglu_backward_with_lora(
         _swiglu_bwd_lora, (columns, splits), dh_TF, gate_up_T2F, ds_TR, a_RF, b_2FR, t_TR, out_T2F,
         ds_C, db_P, da_PRF, positions, draws, T, F, R, gate, up, ds_TR.stride(0), a_RF.stride(0),
         b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows, keep_scale(mask.dropout),
-        *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK, BLOCK_T=32,
-        BLOCK_F=BLOCK_F, **rank_block(max(R, gate, up)), num_stages=2,
+        *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK,
+        BLOCK_T=32 if mask.dropout is None else 16, BLOCK_F=BLOCK_F, BLOCK_R=16, num_warps=8,
+        num_stages=2,
     )  # fmt: skip
     return GateGradients(
         out_T2F,

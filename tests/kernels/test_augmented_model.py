@@ -1,6 +1,6 @@
 """The kernels' path through a whole model: weights and adapters in one buffer, fused halves.
 
-Held against the plain path with torch's operations, which test_llama.py and test_golden_peft.py hold
+Held against the plain path of torch operations, which test_llama.py and test_golden_peft.py hold
 against independent formulas.
 """
 
