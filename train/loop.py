@@ -1,185 +1,38 @@
-"""The training run, from settings to files; every stage is a function.
+"""The training run, from settings to files: prepare, score, step, validate, save, score again.
 
-    prepare   load model and tokenizer, encode the records, plan the steps; changes nothing on disk
-              but the token cache
-    dry_run   print what would be done
-    train     prepare, score, step, validate, save, score again
+    prepare.py      loads and checks everything
+    step.py         one optimizer step
+    evaluation.py   validation loss and sample answers
+    scores.py       task scores before and after
 
 Ctrl-C and SIGTERM are taken at the next step boundary: the adapter so far is written and the run
 ends with exit code 3.
 """
 
-import dataclasses
 import json
 import math
-import os
-import platform
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
-
 from bioinstruct.eval.report import Row
-from bioinstruct.eval.runner import Job
-from bioinstruct.kernels.attention import self_test
-from bioinstruct.model.adapters import Adapters
-from bioinstruct.model.generate import generate
-from bioinstruct.model.llm import Llm, load
-from bioinstruct.model.templates import Template, decode_answer, get_template
+from bioinstruct.model.llm import Llm
 from bioinstruct.synth.console import Progress, Stopped, note
 from bioinstruct.synth.files import write_text
 from bioinstruct.train.batch import collate
-from bioinstruct.train.demo import resolve
+from bioinstruct.train.dry_run import summary
+from bioinstruct.train.evaluation import validate
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
-from bioinstruct.train.planner import Planner, StepPlan, learning_rate
-from bioinstruct.train.provenance import commit, device_name, package_version
+from bioinstruct.train.planner import StepPlan, learning_rate
+from bioinstruct.train.prepare import Prepared, made, prepare
 from bioinstruct.train.run import Run, to_toml
-from bioinstruct.train.scores import prepare_jobs, score_tasks, write_report
-from bioinstruct.train.step import Optimizer, summed_loss, train_step
-from bioinstruct.train.tokens import Limits, TokenSet, load_tokens
-
-SAMPLE_TOKENS = 64
-_PACKAGES = ("bioinstruct", "torch", "numpy", "safetensors", "sentencepiece", "tiktoken")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that has been checked and is ready to step."""
-
-    run: Run
-    llm: Llm
-    """Model and tokenizer; its adapters are the ones that train."""
-    template: Template
-    tokens: TokenSet
-    validation: TokenSet | None
-    planner: Planner
-    num_steps: int
-    jobs: list[Job]
-    """Tasks to score before and after training."""
-
-    @property
-    def adapters(self) -> Adapters:
-        """What trains."""
-        assert self.llm.adapters is not None
-        return self.llm.adapters
-
-
-def prepare(run: Run) -> Prepared:
-    """Load, check and plan everything that a run needs.
-
-    Raises:
-        ValueError: missing settings, files that are missing, damaged or do not fit each other,
-            records that the settings refuse.
-        OSError: a file cannot be read.
-    """
-    if not run.model.path:
-        raise ValueError("model.path is not set; give --set model.path=FOLDER")
-    if not run.data.path:
-        raise ValueError("data.path is not set; give --set data.path=FILE")
-    files = [_existing(name, "data.path") for name in run.data.path]
-    jobs = prepare_jobs(run)
-    note(f"loading {run.model.path}")
-    llm = load(
-        resolve(run.model.path),
-        dtype=run.model.dtype,
-        device=run.device,
-        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
-        attention=run.attention,
-    )
-    model = llm.model
-    error = self_test(model.attention_backend, model.device, model.dtype)
-    name = llm.default_template() if run.data.template == "auto" else run.data.template
-    note(
-        f"{llm.config.parameter_count():,} parameters, {_plain(model.dtype)} on {model.device}, "
-        f"attention {model.attention_backend} (self-test error {error:.0e}), template {name}"
-    )
-    template = get_template(name, llm.tokenizer)
-    limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
-    limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
-    tokens, validation = _split(run, load_tokens(files, template, llm.tokenizer, limits))
-    if isinstance(run.data.validation, str):
-        held = _existing(run.data.validation, "data.validation")
-        validation = load_tokens([held], template, llm.tokenizer, limits)
-    planner = Planner(
-        tokens.lengths,
-        tokens.supervised,
-        max_tokens=run.data.max_tokens_per_pack,
-        batch_samples=_batch_samples(run),
-        batch_tokens=run.train.batch_tokens,
-        seed=run.train.seed,
-        shuffle=run.data.shuffle,
-    )
-    num_steps = run.train.steps or planner.num_steps(run.train.epochs)
-    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
-    run = dataclasses.replace(run, lora=llm.adapters.settings)
-    return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs)
-
-
-def _existing(name: str, key: str) -> Path:
-    path = resolve(name)
-    if not path.is_file():
-        raise ValueError(f"{key}: there is no file {name}")
-    return path
-
-
-def _batch_samples(run: Run) -> int | None:
-    if run.train.batch_tokens is not None:
-        return None
-    return run.train.batch_samples or 32
-
-
-def _split(run: Run, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None]:
-    """Hold out a seeded share of the samples."""
-    share = run.data.validation
-    if isinstance(share, str) or share == 0:
-        return tokens, None
-    records = list(dict.fromkeys(tokens.places))  # the answers of a conversation stay together
-    held = max(1, round(share * len(records)))
-    if held >= len(records):
-        raise ValueError(
-            f"data.validation = {share} of {len(records)} records leaves none to train on"
-        )
-    order = np.random.Philox(key=[run.train.seed, 1 << 40]).random_raw(len(records)).argsort()
-    chosen = {records[i] for i in order[:held]}
-    left = [i for i, place in enumerate(tokens.places) if place not in chosen]
-    return tokens.subset(left), tokens.subset(sorted(set(range(len(tokens))) - set(left)))
-
-
-def dry_run(run: Run) -> None:
-    """Check a run and print what it would do; only the token cache is written."""
-    prepared = prepare(run)
-    tokens, planner = prepared.tokens, prepared.planner
-    first = planner.plan(0)
-    print(_summary(prepared))
-    fill = first.tokens / (len(first.packs) * planner.max_tokens)
-    print(f"step 1: {len(first.packs)} packs, {first.tokens} tokens, {fill:.1%} of the packs' room")
-    ids, prompt = tokens.sample(0)
-    decode = prepared.llm.tokenizer.decode
-    print(f"first sample, {tokens.places[0]}; supervised part between the lines:")
-    print(
-        f"{decode(ids[:prompt].tolist())}\n{'-' * 40}\n{decode(ids[prompt:].tolist())}\n{'-' * 40}"
-    )
-    print(f"its last supervised token is {int(ids[-1])}, {prepared.template.stop!r}")
-
-
-def _summary(prepared: Prepared) -> str:
-    tokens, run = prepared.tokens, prepared.run
-    held = len(prepared.validation) if prepared.validation else 0
-    supervised = tokens.supervised.sum() / tokens.lengths.sum()
-    return (
-        f"{len(tokens)} samples, {tokens.lengths.sum():,} tokens, {supervised:.1%} supervised, "
-        f"{held} held out; {prepared.num_steps} steps; LoRA r={run.lora.r} "
-        f"alpha={run.lora.alpha:g} on {', '.join(run.lora.targets)}: "
-        f"{prepared.adapters.flat_P.numel():,} trained parameters"
-    )
+from bioinstruct.train.scores import score_tasks, write_report
+from bioinstruct.train.step import Optimizer, train_step
 
 
 def train(run: Run, recipe_name: str, command: str) -> Path:
@@ -202,9 +55,9 @@ def train(run: Run, recipe_name: str, command: str) -> Path:
     out = _output_folder(run, recipe_name)
     prepared = prepare(run)
     run = prepared.run  # with the shape of an adapter that is continued
-    note(_summary(prepared))
+    note(summary(prepared))
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "run.toml", to_toml(run, _made(prepared, command)))
+    write_text(out / "run.toml", to_toml(run, made(prepared, command)))
     note(f"writing to {out}")
     llm, jobs, template = prepared.llm, prepared.jobs, prepared.template.name
     rows: dict[str, Row] = {}
@@ -262,7 +115,7 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
                         f"{out / 'adapter'}"
                     )
                 if last or _due(step, settings.eval_every):
-                    _validate(prepared, step, out, log)
+                    validate(prepared, step, out, log)
                 if last or _due(step, settings.save_every):
                     _save(prepared, out)
     if optimizer.average_P is not None:
@@ -337,56 +190,6 @@ def _not_finite(prepared: Prepared, plan: StepPlan, step: int) -> str:
     )
 
 
-def _validate(prepared: Prepared, step: int, out: Path, log: MetricsLog) -> None:
-    """Write the validation loss, and sample answers beside the references."""
-    model, held = prepared.llm.model, prepared.validation
-    if held is not None and len(held):
-        planner = Planner(
-            held.lengths,
-            held.supervised,
-            max_tokens=prepared.planner.max_tokens,
-            batch_samples=len(held),
-            shuffle=False,
-        )
-        plan = planner.plan(0)
-        batches = [collate(held, pack, plan.draws, model.device) for pack in plan.packs]
-        total = sum(summed_loss(model, prepared.adapters, batch) for batch in batches)
-        loss = total / plan.supervised_tokens
-        log.write({"step": step + 1, "val_loss": loss, "val_tokens": plan.supervised_tokens})
-        note(f"validation loss {loss:.4f} after step {step + 1}")
-    _write_samples(prepared, step, out)
-
-
-def _write_samples(prepared: Prepared, step: int, out: Path) -> None:
-    source = prepared.validation or prepared.tokens
-    count = min(prepared.run.train.samples, len(source))
-    if not count:
-        return
-    llm, template = prepared.llm, prepared.template
-    pairs = [source.sample(i) for i in range(count)]
-    room = llm.config.max_positions - max(prompt for _, prompt in pairs)
-    if room < 1:
-        return
-    completions = generate(
-        llm.model,
-        [ids[:prompt].tolist() for ids, prompt in pairs],
-        max_new_tokens=min(SAMPLE_TOKENS, room),
-        end_ids=[template.stop_id(llm.tokenizer)],
-        adapters=prepared.adapters,
-        num_tokens=llm.tokenizer.vocab_size,
-    )
-    with (out / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for i, ((ids, prompt), completion) in enumerate(zip(pairs, completions, strict=True)):
-            row = {
-                "step": step + 1,
-                "record": source.places[i],
-                "prompt": llm.tokenizer.decode(ids[:prompt].tolist()),
-                "answer": decode_answer(template, llm.tokenizer, completion.ids),
-                "reference": decode_answer(template, llm.tokenizer, ids[prompt:].tolist()),
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def _save(prepared: Prepared, out: Path) -> None:
     prepared.adapters.save(out / "adapter", str(prepared.llm.path))
 
@@ -394,30 +197,3 @@ def _save(prepared: Prepared, out: Path) -> None:
 def _draw(out: Path) -> None:
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     write_text(out / "loss.svg", loss_svg([json.loads(line) for line in lines]))
-
-
-def _made(prepared: Prepared, command: str) -> dict[str, Any]:
-    """How the run was made, for run.toml."""
-    model = prepared.llm.model
-    return {
-        "command": command,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit() or "",
-        "library": str(Path(__file__).parent),
-        **{name: package_version(name) or "" for name in _PACKAGES},
-        "python": platform.python_version(),
-        "dtype": _plain(model.dtype),
-        "device": str(model.device),
-        "device_name": device_name(model.device),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "attention": model.attention_backend,
-        "template": prepared.template.name,
-        "tokenizer": prepared.llm.tokenizer.fingerprint,
-        "steps": prepared.num_steps,
-        "samples": len(prepared.tokens),
-    }
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

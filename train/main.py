@@ -38,18 +38,19 @@ def command(recipe: Path | None, overrides: tuple[str, ...], dry: bool, resume: 
     if recipe is not None and not recipe.is_file():
         raise click.UsageError(f"there is no recipe {recipe}")
     # torch is imported only now, so that --help and wrong usage answer at once
-    from bioinstruct.train import loop
     from bioinstruct.train.demo import RECIPE
+    from bioinstruct.train.dry_run import dry_run
+    from bioinstruct.train.loop import train
     from bioinstruct.train.run import read_run
 
     if recipe is None and not any(o.startswith("model.path=") for o in overrides):
         recipe = RECIPE
     run = read_run(recipe, overrides)
     if dry:
-        loop.dry_run(run)
+        dry_run(run)
         return
     name = "run" if recipe is None else "demo" if recipe == RECIPE else recipe.stem
-    out = loop.train(run, name, shlex.join(sys.argv))
+    out = train(run, name, shlex.join(sys.argv))
     if recipe == RECIPE:
         console.note(NEXT.format(out=out))
 
