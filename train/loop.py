@@ -7,6 +7,9 @@
 
 Ctrl-C and SIGTERM are taken at the next step boundary: the adapter so far is written and the run
 ends with exit code 3.
+
+Under torchrun every rank runs this module alike and steps through its own packs; files are written,
+answers generated and scored, by the first rank alone.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,11 +39,12 @@ from bioinstruct.model.llm import Llm, load
 from bioinstruct.model.templates import Template, decode_answer, get_template
 from bioinstruct.synth.console import Progress, Stopped, note
 from bioinstruct.synth.files import write_text
-from bioinstruct.train.batch import collate
+from bioinstruct.train.batch import Batch, collate
 from bioinstruct.train.demo import resolve
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
 from bioinstruct.train.planner import Planner, StepPlan, learning_rate
 from bioinstruct.train.provenance import commit, device_name, package_version
+from bioinstruct.train.ranks import ALONE, Ranks, deal
 from bioinstruct.train.run import Run, to_toml
 from bioinstruct.train.scores import prepare_jobs, score_tasks, write_report
 from bioinstruct.train.step import Optimizer, summed_loss, train_step
@@ -64,6 +68,7 @@ class Prepared:
     num_steps: int
     jobs: list[Job]
     """Tasks to score before and after training."""
+    ranks: Ranks = ALONE
 
     @property
     def adapters(self) -> Adapters:
@@ -72,8 +77,12 @@ class Prepared:
         return self.llm.adapters
 
 
-def prepare(run: Run) -> Prepared:
+def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
     """Load, check and plan everything that a run needs.
+
+    Args:
+        run: the settings.
+        ranks: who trains; alone, the device is the one that the settings name.
 
     Raises:
         ValueError: missing settings, files that are missing, damaged or do not fit each other,
@@ -87,13 +96,7 @@ def prepare(run: Run) -> Prepared:
     files = [_existing(name, "data.path") for name in run.data.path]
     jobs = prepare_jobs(run)
     note(f"loading {run.model.path}")
-    llm = load(
-        resolve(run.model.path),
-        dtype=run.model.dtype,
-        device=run.device,
-        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
-        attention=run.attention,
-    )
+    llm = load_base(run, ranks)
     model = llm.model
     error = self_test(model.attention_backend, model.device, model.dtype)
     name = llm.default_template() if run.data.template == "auto" else run.data.template
@@ -104,7 +107,9 @@ def prepare(run: Run) -> Prepared:
     template = get_template(name, llm.tokenizer)
     limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
     limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
-    tokens, validation = _split(run, load_tokens(files, template, llm.tokenizer, limits))
+    # the first rank encodes, the others find the cache
+    whole = ranks.first_then_all(lambda: load_tokens(files, template, llm.tokenizer, limits))
+    tokens, validation = _split(run, whole)
     if isinstance(run.data.validation, str):
         held = _existing(run.data.validation, "data.validation")
         validation = load_tokens([held], template, llm.tokenizer, limits)
@@ -120,7 +125,18 @@ def prepare(run: Run) -> Prepared:
     num_steps = run.train.steps or planner.num_steps(run.train.epochs)
     llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
     run = dataclasses.replace(run, lora=llm.adapters.settings)
-    return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs)
+    return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs, ranks)
+
+
+def load_base(run: Run, ranks: Ranks) -> Llm:
+    """Load the model that the settings name onto this rank's device."""
+    return load(
+        resolve(run.model.path),
+        dtype=run.model.dtype,
+        device=run.device if ranks.size == 1 else str(ranks.device),
+        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
+        attention=run.attention,
+    )
 
 
 def _existing(name: str, key: str) -> Path:
@@ -153,9 +169,14 @@ def _split(run: Run, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None]:
     return tokens.subset(left), tokens.subset(sorted(set(range(len(tokens))) - set(left)))
 
 
-def dry_run(run: Run) -> None:
+def dry_run(run: Run, ranks: Ranks = ALONE) -> None:
     """Check a run and print what it would do; only the token cache is written."""
-    prepared = prepare(run)
+    prepared = prepare(run, ranks)
+    if ranks.is_first:
+        _print_plan(prepared)
+
+
+def _print_plan(prepared: Prepared) -> None:
     tokens, planner = prepared.tokens, prepared.planner
     first = planner.plan(0)
     print(_summary(prepared))
@@ -182,13 +203,14 @@ def _summary(prepared: Prepared) -> str:
     )
 
 
-def train(run: Run, recipe_name: str, command: str) -> Path:
+def train(run: Run, recipe_name: str, command: str, ranks: Ranks = ALONE) -> Path:
     """Run it all.
 
     Args:
         run: the settings.
         recipe_name: names the default output folder.
         command: what the user typed, noted in run.toml.
+        ranks: who trains; all of them call this.
 
     Returns:
         The output folder.
@@ -199,29 +221,39 @@ def train(run: Run, recipe_name: str, command: str) -> Path:
         Stopped: the run was interrupted; the adapter so far is saved.
     """
     start_s = time.monotonic()
-    out = _output_folder(run, recipe_name)
-    prepared = prepare(run)
+    out = ranks.from_first(lambda: _output_folder(run, recipe_name))
+    prepared = prepare(run, ranks)
     run = prepared.run  # with the shape of an adapter that is continued
     note(_summary(prepared))
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "run.toml", to_toml(run, _made(prepared, command)))
+    ranks.from_first(lambda: _begin(prepared, out, command))
     note(f"writing to {out}")
-    llm, jobs, template = prepared.llm, prepared.jobs, prepared.template.name
+    llm, jobs = prepared.llm, prepared.jobs
     rows: dict[str, Row] = {}
     if jobs and run.eval.before:
         plain = Llm(llm.path, llm.model, llm.tokenizer)
-        rows["before"] = score_tasks(plain, jobs, template, out, "before")
-    log = MetricsLog(out / "metrics.jsonl")
+        ranks.from_first(lambda: _score(rows, plain, prepared, out, "before"))
+    log = MetricsLog(out / "metrics.jsonl" if ranks.is_first else Path(os.devnull))
     try:
         _steps(prepared, out, log)
     finally:
         log.close()
-        _draw(out)
+        if ranks.is_first:
+            _draw(out)
     if jobs:
-        rows["after"] = score_tasks(llm, jobs, template, out, "after")
-        print(write_report(out, run, rows, jobs, time.monotonic() - start_s))
+        ranks.from_first(lambda: _score(rows, llm, prepared, out, "after"))
+        if ranks.is_first:
+            print(write_report(out, run, rows, jobs, time.monotonic() - start_s))
     note(f"the adapter is in {out / 'adapter'}")
     return out
+
+
+def _score(rows: dict[str, Row], llm: Llm, prepared: Prepared, out: Path, stage: str) -> None:
+    rows[stage] = score_tasks(llm, prepared.jobs, prepared.template.name, out, stage)
+
+
+def _begin(prepared: Prepared, out: Path, command: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "run.toml", to_toml(prepared.run, _made(prepared, command)))
 
 
 def _output_folder(run: Run, recipe_name: str) -> Path:
@@ -247,7 +279,7 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
     with _stop_requests() as asked:
         for step in range(num_steps):
             try:
-                row = _step(prepared, optimizer, step)
+                row, stop = _step(prepared, optimizer, step, asked)
             except ValueError:
                 _save(prepared, out)
                 raise
@@ -255,7 +287,7 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
             progress.update(step + 1, f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
             last = step + 1 == num_steps
             with optimizer.averaged():
-                if not last and asked:
+                if not last and stop:
                     _save(prepared, out)
                     raise Stopped(
                         f"stopped after step {step + 1} of {num_steps}; the adapter so far is in "
@@ -292,9 +324,11 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]:
-    """Take one step and return its row of metrics.jsonl."""
-    settings, model = prepared.run.train, prepared.llm.model
+def _step(
+    prepared: Prepared, optimizer: Optimizer, step: int, asked: Sequence[int]
+) -> tuple[dict[str, Any], bool]:
+    """Take one step; return its row of metrics.jsonl, and whether a rank was asked to stop."""
+    settings, model, ranks = prepared.run.train, prepared.llm.model, prepared.ranks
     start_s = time.perf_counter()
     plan = prepared.planner.plan(step)
     lr = learning_rate(
@@ -305,8 +339,11 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
         warmup_steps=settings.warmup_steps,
         decay_share=settings.decay_share,
     )
-    batches = (collate(prepared.tokens, pack, plan.draws, model.device) for pack in plan.packs)
-    result = train_step(model, optimizer, batches, plan.supervised_tokens, lr, settings.seed)
+    batches = _own_batches(prepared, prepared.tokens, plan)
+    supervised = plan.supervised_tokens
+    result = train_step(
+        model, optimizer, batches, supervised, lr, settings.seed, ranks, lambda: [len(asked)]
+    )
     seconds = time.perf_counter() - start_s
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise ValueError(_not_finite(prepared, plan, step))
@@ -314,7 +351,7 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
     flops = step_flops(
         model.config, prepared.adapters.flat_P.numel(), lengths, plan.supervised_tokens
     )
-    return {
+    row = {
         "step": step + 1,
         "epoch": plan.epoch,
         "loss": result.loss,
@@ -323,9 +360,22 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
         "tokens": plan.tokens,
         "supervised_tokens": plan.supervised_tokens,
         "tokens_per_s": plan.tokens / seconds,
-        "mfu": mfu(flops, seconds, model.device),
+        "mfu": mfu(flops / ranks.size, seconds, model.device),
         "peak_memory_bytes": peak_memory_bytes(model.device),
     }
+    return row, any(result.flags)
+
+
+def _own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:
+    """This rank's packs of a step, dealt by their FLOPs."""
+    model, ranks = prepared.llm.model, prepared.ranks
+    lengths, supervised = tokens.lengths, tokens.supervised
+    costs = [
+        step_flops(model.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
+        for pack in plan.packs
+    ]
+    for number in deal(costs, ranks.size)[ranks.rank]:
+        yield collate(tokens, plan.packs[number], plan.draws, model.device)
 
 
 def _not_finite(prepared: Prepared, plan: StepPlan, step: int) -> str:
@@ -349,12 +399,12 @@ def _validate(prepared: Prepared, step: int, out: Path, log: MetricsLog) -> None
             shuffle=False,
         )
         plan = planner.plan(0)
-        batches = [collate(held, pack, plan.draws, model.device) for pack in plan.packs]
-        total = sum(summed_loss(model, prepared.adapters, batch) for batch in batches)
-        loss = total / plan.supervised_tokens
+        batches = _own_batches(prepared, held, plan)
+        own = sum(summed_loss(model, prepared.adapters, batch) for batch in batches)
+        loss = prepared.ranks.total([own])[0] / plan.supervised_tokens
         log.write({"step": step + 1, "val_loss": loss, "val_tokens": plan.supervised_tokens})
         note(f"validation loss {loss:.4f} after step {step + 1}")
-    _write_samples(prepared, step, out)
+    prepared.ranks.from_first(lambda: _write_samples(prepared, step, out))
 
 
 def _write_samples(prepared: Prepared, step: int, out: Path) -> None:
@@ -388,7 +438,8 @@ def _write_samples(prepared: Prepared, step: int, out: Path) -> None:
 
 
 def _save(prepared: Prepared, out: Path) -> None:
-    prepared.adapters.save(out / "adapter", str(prepared.llm.path))
+    base = str(prepared.llm.path)
+    prepared.ranks.from_first(lambda: prepared.adapters.save(out / "adapter", base))
 
 
 def _draw(out: Path) -> None:
@@ -416,6 +467,7 @@ def _made(prepared: Prepared, command: str) -> dict[str, Any]:
         "tokenizer": prepared.llm.tokenizer.fingerprint,
         "steps": prepared.num_steps,
         "samples": len(prepared.tokens),
+        "ranks": prepared.ranks.size,
     }
 
 
