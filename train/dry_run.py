@@ -1,12 +1,18 @@
 """What a run would do, printed; only the token cache is written."""
 
 from bioinstruct.train.prepare import Prepared, prepare
+from bioinstruct.train.ranks import ALONE, Ranks
 from bioinstruct.train.run import Run
 
 
-def dry_run(run: Run) -> None:
+def dry_run(run: Run, ranks: Ranks = ALONE) -> None:
     """Check a run and print what it would do; only the token cache is written."""
-    prepared = prepare(run)
+    prepared = prepare(run, ranks)
+    if ranks.is_first:
+        _print_plan(prepared)
+
+
+def _print_plan(prepared: Prepared) -> None:
     tokens, planner = prepared.tokens, prepared.planner
     first = planner.plan(0)
     print(summary(prepared))

@@ -6,10 +6,9 @@ from pathlib import Path
 from bioinstruct.model.generate import generate
 from bioinstruct.model.templates import decode_answer
 from bioinstruct.synth.console import note
-from bioinstruct.train.batch import collate
 from bioinstruct.train.metrics import MetricsLog
 from bioinstruct.train.planner import Planner
-from bioinstruct.train.prepare import Prepared
+from bioinstruct.train.prepare import Prepared, own_batches
 from bioinstruct.train.step import summed_loss
 
 SAMPLE_TOKENS = 64
@@ -27,12 +26,12 @@ def validate(prepared: Prepared, step: int, out: Path, log: MetricsLog) -> None:
             shuffle=False,
         )
         plan = planner.plan(0)
-        batches = [collate(held, pack, plan.draws, model.device) for pack in plan.packs]
-        total = sum(summed_loss(model, prepared.adapters, batch) for batch in batches)
-        loss = total / plan.supervised_tokens
+        batches = own_batches(prepared, held, plan)
+        own = sum(summed_loss(model, prepared.adapters, batch) for batch in batches)
+        loss = prepared.ranks.total([own])[0] / plan.supervised_tokens
         log.write({"step": step + 1, "val_loss": loss, "val_tokens": plan.supervised_tokens})
         note(f"validation loss {loss:.4f} after step {step + 1}")
-    _write_samples(prepared, step, out)
+    prepared.ranks.from_first(lambda: _write_samples(prepared, step, out))
 
 
 def _write_samples(prepared: Prepared, step: int, out: Path) -> None:

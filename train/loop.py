@@ -7,13 +7,17 @@
 
 Ctrl-C and SIGTERM are taken at the next step boundary: the adapter so far is written and the run
 ends with exit code 3.
+
+Under torchrun every rank runs this module alike and steps through its own packs; files are written,
+answers generated and scored, by the first rank alone.
 """
 
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -24,24 +28,25 @@ from bioinstruct.eval.report import Row
 from bioinstruct.model.llm import Llm
 from bioinstruct.synth.console import Progress, Stopped, note
 from bioinstruct.synth.files import write_text
-from bioinstruct.train.batch import collate
 from bioinstruct.train.dry_run import summary
 from bioinstruct.train.evaluation import validate
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
 from bioinstruct.train.planner import StepPlan, learning_rate
-from bioinstruct.train.prepare import Prepared, made, prepare
+from bioinstruct.train.prepare import Prepared, made, own_batches, prepare
+from bioinstruct.train.ranks import ALONE, Ranks
 from bioinstruct.train.run import Run, to_toml
 from bioinstruct.train.scores import score_tasks, write_report
 from bioinstruct.train.step import Optimizer, train_step
 
 
-def train(run: Run, recipe_name: str, command: str) -> Path:
+def train(run: Run, recipe_name: str, command: str, ranks: Ranks = ALONE) -> Path:
     """Run it all.
 
     Args:
         run: the settings.
         recipe_name: names the default output folder.
         command: what the user typed, noted in run.toml.
+        ranks: who trains; all of them call this.
 
     Returns:
         The output folder.
@@ -52,29 +57,39 @@ def train(run: Run, recipe_name: str, command: str) -> Path:
         Stopped: the run was interrupted; the adapter so far is saved.
     """
     start_s = time.monotonic()
-    out = _output_folder(run, recipe_name)
-    prepared = prepare(run)
+    out = ranks.from_first(lambda: _output_folder(run, recipe_name))
+    prepared = prepare(run, ranks)
     run = prepared.run  # with the shape of an adapter that is continued
     note(summary(prepared))
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "run.toml", to_toml(run, made(prepared, command)))
+    ranks.from_first(lambda: _begin(prepared, out, command))
     note(f"writing to {out}")
-    llm, jobs, template = prepared.llm, prepared.jobs, prepared.template.name
+    llm, jobs = prepared.llm, prepared.jobs
     rows: dict[str, Row] = {}
     if jobs and run.eval.before:
         plain = Llm(llm.path, llm.model, llm.tokenizer)
-        rows["before"] = score_tasks(plain, jobs, template, out, "before")
-    log = MetricsLog(out / "metrics.jsonl")
+        ranks.from_first(lambda: _score(rows, plain, prepared, out, "before"))
+    log = MetricsLog(out / "metrics.jsonl" if ranks.is_first else Path(os.devnull))
     try:
         _steps(prepared, out, log)
     finally:
         log.close()
-        _draw(out)
+        if ranks.is_first:
+            _draw(out)
     if jobs:
-        rows["after"] = score_tasks(llm, jobs, template, out, "after")
-        print(write_report(out, run, rows, jobs, time.monotonic() - start_s))
+        ranks.from_first(lambda: _score(rows, llm, prepared, out, "after"))
+        if ranks.is_first:
+            print(write_report(out, run, rows, jobs, time.monotonic() - start_s))
     note(f"the adapter is in {out / 'adapter'}")
     return out
+
+
+def _score(rows: dict[str, Row], llm: Llm, prepared: Prepared, out: Path, stage: str) -> None:
+    rows[stage] = score_tasks(llm, prepared.jobs, prepared.template.name, out, stage)
+
+
+def _begin(prepared: Prepared, out: Path, command: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "run.toml", to_toml(prepared.run, made(prepared, command)))
 
 
 def _output_folder(run: Run, recipe_name: str) -> Path:
@@ -100,7 +115,7 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
     with _stop_requests() as asked:
         for step in range(num_steps):
             try:
-                row = _step(prepared, optimizer, step)
+                row, stop = _step(prepared, optimizer, step, asked)
             except ValueError:
                 _save(prepared, out)
                 raise
@@ -108,7 +123,7 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
             progress.update(step + 1, f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
             last = step + 1 == num_steps
             with optimizer.averaged():
-                if not last and asked:
+                if not last and stop:
                     _save(prepared, out)
                     raise Stopped(
                         f"stopped after step {step + 1} of {num_steps}; the adapter so far is in "
@@ -145,9 +160,11 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]:
-    """Take one step and return its row of metrics.jsonl."""
-    settings, model = prepared.run.train, prepared.llm.model
+def _step(
+    prepared: Prepared, optimizer: Optimizer, step: int, asked: Sequence[int]
+) -> tuple[dict[str, Any], bool]:
+    """Take one step; return its row of metrics.jsonl, and whether a rank was asked to stop."""
+    settings, model, ranks = prepared.run.train, prepared.llm.model, prepared.ranks
     start_s = time.perf_counter()
     plan = prepared.planner.plan(step)
     lr = learning_rate(
@@ -158,8 +175,11 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
         warmup_steps=settings.warmup_steps,
         decay_share=settings.decay_share,
     )
-    batches = (collate(prepared.tokens, pack, plan.draws, model.device) for pack in plan.packs)
-    result = train_step(model, optimizer, batches, plan.supervised_tokens, lr, settings.seed)
+    batches = own_batches(prepared, prepared.tokens, plan)
+    supervised = plan.supervised_tokens
+    result = train_step(
+        model, optimizer, batches, supervised, lr, settings.seed, ranks, lambda: [len(asked)]
+    )
     seconds = time.perf_counter() - start_s
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise ValueError(_not_finite(prepared, plan, step))
@@ -167,7 +187,7 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
     flops = step_flops(
         model.config, prepared.adapters.flat_P.numel(), lengths, plan.supervised_tokens
     )
-    return {
+    row = {
         "step": step + 1,
         "epoch": plan.epoch,
         "loss": result.loss,
@@ -176,9 +196,10 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
         "tokens": plan.tokens,
         "supervised_tokens": plan.supervised_tokens,
         "tokens_per_s": plan.tokens / seconds,
-        "mfu": mfu(flops, seconds, model.device),
+        "mfu": mfu(flops / ranks.size, seconds, model.device),
         "peak_memory_bytes": peak_memory_bytes(model.device),
     }
+    return row, any(result.flags)
 
 
 def _not_finite(prepared: Prepared, plan: StepPlan, step: int) -> str:
@@ -191,7 +212,8 @@ def _not_finite(prepared: Prepared, plan: StepPlan, step: int) -> str:
 
 
 def _save(prepared: Prepared, out: Path) -> None:
-    prepared.adapters.save(out / "adapter", str(prepared.llm.path))
+    base = str(prepared.llm.path)
+    prepared.ranks.from_first(lambda: prepared.adapters.save(out / "adapter", base))
 
 
 def _draw(out: Path) -> None:

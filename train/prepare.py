@@ -6,6 +6,7 @@ Everything that a user can get wrong shows here, before a step is taken or a fol
 import dataclasses
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +21,12 @@ from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llm import Llm, load
 from bioinstruct.model.templates import Template, get_template
 from bioinstruct.synth.console import note
+from bioinstruct.train.batch import Batch, collate
 from bioinstruct.train.demo import resolve
-from bioinstruct.train.planner import Planner
+from bioinstruct.train.metrics import step_flops
+from bioinstruct.train.planner import Planner, StepPlan
 from bioinstruct.train.provenance import commit, device_name, package_version
+from bioinstruct.train.ranks import ALONE, Ranks, deal
 from bioinstruct.train.run import Run
 from bioinstruct.train.scores import prepare_jobs
 from bioinstruct.train.tokens import Limits, TokenSet, load_tokens
@@ -44,6 +48,7 @@ class Prepared:
     num_steps: int
     jobs: list[Job]
     """Tasks to score before and after training."""
+    ranks: Ranks = ALONE
 
     @property
     def adapters(self) -> Adapters:
@@ -52,8 +57,12 @@ class Prepared:
         return self.llm.adapters
 
 
-def prepare(run: Run) -> Prepared:
+def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
     """Load, check and plan everything that a run needs.
+
+    Args:
+        run: the settings.
+        ranks: who trains; alone, the device is the one that the settings name.
 
     Raises:
         ValueError: missing settings, files that are missing, damaged or do not fit each other,
@@ -67,13 +76,7 @@ def prepare(run: Run) -> Prepared:
     files = [_existing(name, "data.path") for name in run.data.path]
     jobs = prepare_jobs(run)
     note(f"loading {run.model.path}")
-    llm = load(
-        resolve(run.model.path),
-        dtype=run.model.dtype,
-        device=run.device,
-        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
-        attention=run.attention,
-    )
+    llm = load_base(run, ranks)
     model = llm.model
     error = self_test(model.attention_backend, model.device, model.dtype)
     name = llm.default_template() if run.data.template == "auto" else run.data.template
@@ -84,7 +87,9 @@ def prepare(run: Run) -> Prepared:
     template = get_template(name, llm.tokenizer)
     limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
     limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
-    tokens, validation = _split(run, load_tokens(files, template, llm.tokenizer, limits))
+    # the first rank encodes, the others find the cache
+    every = ranks.first_then_all(lambda: load_tokens(files, template, llm.tokenizer, limits))
+    tokens, validation = _split(run, every)
     if isinstance(run.data.validation, str):
         held = _existing(run.data.validation, "data.validation")
         validation = load_tokens([held], template, llm.tokenizer, limits)
@@ -100,7 +105,30 @@ def prepare(run: Run) -> Prepared:
     num_steps = run.train.steps or planner.num_steps(run.train.epochs)
     llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
     run = dataclasses.replace(run, lora=llm.adapters.settings)
-    return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs)
+    return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs, ranks)
+
+
+def load_base(run: Run, ranks: Ranks) -> Llm:
+    """Load the model that the settings name onto this rank's device."""
+    return load(
+        resolve(run.model.path),
+        dtype=run.model.dtype,
+        device=run.device if ranks.size == 1 else str(ranks.device),
+        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
+        attention=run.attention,
+    )
+
+
+def own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:
+    """Yield this rank's packs of a step, dealt by their FLOPs."""
+    model, ranks = prepared.llm.model, prepared.ranks
+    lengths, supervised = tokens.lengths, tokens.supervised
+    costs = [
+        step_flops(model.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
+        for pack in plan.packs
+    ]
+    for number in deal(costs, ranks.size)[ranks.rank]:
+        yield collate(tokens, plan.packs[number], plan.draws, model.device)
 
 
 def _existing(name: str, key: str) -> Path:
@@ -153,6 +181,7 @@ def made(prepared: Prepared, command: str) -> dict[str, Any]:
         "tokenizer": prepared.llm.tokenizer.fingerprint,
         "steps": prepared.num_steps,
         "samples": len(prepared.tokens),
+        "ranks": prepared.ranks.size,
     }
 
 
