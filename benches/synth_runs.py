@@ -20,8 +20,9 @@ from typing import Any
 
 from bioinstruct.synth import estimate, generation, money
 from bioinstruct.synth.engine import Limits
-from bioinstruct.synth.journal import NAME, read_totals
+from bioinstruct.synth.journal import NAME
 from bioinstruct.synth.plan import Plan, Settings
+from bioinstruct.synth.totals import read_totals
 
 SERVER = Path(__file__).parents[1] / "tests" / "synth" / "server.py"
 PRICES = (2.5, 10.0)

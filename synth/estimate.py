@@ -12,9 +12,9 @@ from typing import NamedTuple
 from bioinstruct.synth import money
 from bioinstruct.synth.money import Usage
 from bioinstruct.synth.plan import Plan
-from bioinstruct.synth.prompting import NEW
+from bioinstruct.synth.prompting import NEW, YIELD
+from bioinstruct.synth.questions import first
 
-YIELD = 0.85
 BYTES_PER_TOKEN = 4
 ENOUGH = 20  # answers from which the assumptions give way
 DEFAULT_CAP = 2  # times the estimate
@@ -34,7 +34,7 @@ def from_settings(plan: Plan) -> Estimate:
     texts = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in records]
     mean_bytes = sum(len(json.dumps(t, ensure_ascii=False).encode()) for t in texts) / len(texts)
     written = min(round(NEW * mean_bytes / BYTES_PER_TOKEN), plan.settings.max_tokens)
-    read = round(len(plan.first.request.body) / BYTES_PER_TOKEN)
+    read = round(len(first(plan).request.body) / BYTES_PER_TOKEN)
     requests = math.ceil(plan.settings.n / (NEW * YIELD))
     usage = Usage(read * requests, written * requests)
     return Estimate(requests, usage, plan.prices.cost(usage))
@@ -62,7 +62,7 @@ def cap(plan: Plan) -> int | None:
     """
     budget = plan.settings.budget
     if budget is None:
-        request = plan.first.request
+        request = first(plan).request
         worst = plan.prices.worst(len(request.body), request.cap_tokens)
         return max(DEFAULT_CAP * from_settings(plan).cost, worst)
     return None if math.isinf(budget) else money.from_usd(budget)

@@ -8,8 +8,9 @@ from typing import Any
 
 from bioinstruct.synth import money
 from bioinstruct.synth.files import write_text
-from bioinstruct.synth.journal import NAME, Totals, read_totals
+from bioinstruct.synth.journal import NAME
 from bioinstruct.synth.plan import Plan, read_run
+from bioinstruct.synth.totals import Totals, read_totals
 
 CARD = "card.md"
 
