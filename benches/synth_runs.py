@@ -81,7 +81,7 @@ def whole_run(module: ModuleType, words: int, records: int) -> dict[str, Any]:
             "records": len(result.records),
             "requests": len(server.seen),
             "seconds": round(took_s, 2),
-            "estimate_usd": round(estimate.from_settings(plan).cost / money.PICO, 4),
+            "estimate_usd": round(estimate.from_settings(plan, plan.prices).cost / money.PICO, 4),
             "after_20_usd": round(told, 4),
             "charged_usd": round(result.charged_usd, 4),
             "server_bill_usd": round(bill, 4),

@@ -124,6 +124,14 @@ class Collector:
     def _named(self, near: Near | None) -> dict[str, Any] | None:
         return near and {"id": self.names[near.place], "rouge_l": round(near.score, 4)}
 
+    def exhausted(self) -> str:
+        """Return the sentence for a run that has no request left."""
+        return (
+            f"every triple of the {len(self.plan.seeds)} seeds was shown, and "
+            f"{len(self.records)} of {self.plan.settings.n} records were kept; add seeds in a new "
+            "--out"
+        )
+
     def told(self) -> str:
         """Return the funnel in words."""
         dropped = [f"{count} {rule}" for rule, count in self.funnel.most_common() if rule != "kept"]

@@ -25,6 +25,7 @@ from bioinstruct.synth.endpoint import Endpoint, open_endpoint
 from bioinstruct.synth.engine import BudgetReached, Closing, Engine
 from bioinstruct.synth.identifiers import refuse_identifiers
 from bioinstruct.synth.journal import Journal
+from bioinstruct.synth.money import Prices
 from bioinstruct.synth.plan import Asked, Plan, Settings
 from bioinstruct.synth.questions import first
 from bioinstruct.synth.records import write_records
@@ -47,6 +48,8 @@ class Result(NamedTuple):
     """Answers that were judged."""
     charged_usd: float
     """What the folder was charged so far, all invocations together."""
+    cached: int
+    """Answers that came from the cache, for nothing."""
 
 
 def generate(**settings: Any) -> Result:
@@ -76,12 +79,13 @@ def settings_of(settings: dict[str, Any]) -> Settings:
     return Settings(**settings)
 
 
-def run(plan: Plan, buy: Buy | None = None) -> Result:
+def run(plan: Plan, buy: Buy | None = None, prices: Prices | None = None) -> Result:
     """Carry a run to its end, or to where it must stop.
 
     Args:
         plan: the run.
         buy: how the answers come that the journal does not hold. Default: online.
+        prices: what the default budget is reckoned with. Default: those of asking online.
     """
     buy = buy or online
     settings = plan.settings
@@ -89,7 +93,7 @@ def run(plan: Plan, buy: Buy | None = None) -> Result:
     with Journal(settings.out) as journal:
         if journal.totals.received or journal.totals.batches:
             plans.refuse_changes(settings.out, plans.read_run(settings.out)["fixed"], plan.fixed)
-        budget = estimate.cap(plan)
+        budget = estimate.cap(plan, prices or plan.prices)
         collector = Collector(plan, journal, _judge(plan))
         collector.from_journal()
         if collector.missing:
@@ -149,7 +153,11 @@ def _written(plan: Plan, collector: Collector) -> Result:
     folder, totals = plan.settings.out, collector.journal.totals
     write_records(folder / RECORDS, collector.records, overwrite=True)
     result = Result(
-        collector.records, collector.funnel, collector.decided, totals.spent / money.PICO
+        collector.records,
+        collector.funnel,
+        collector.decided,
+        totals.spent / money.PICO,
+        totals.cached,
     )
     report.write_card(plan, totals, result.records, result.funnel, requests=result.requests)
     return result
@@ -251,11 +259,7 @@ async def _drive(plan: Plan, engine: Engine, collector: Collector) -> None:
                 task = asyncio.create_task(engine.ask(asked.request, plan.settings.model))
                 waiting.append((asked, task))
             if not waiting:
-                raise ValueError(
-                    f"every triple of the {len(plan.seeds)} seeds was shown, and "
-                    f"{len(collector.records)} of {plan.settings.n} records were kept; add seeds "
-                    "in a new --out"
-                )
+                raise ValueError(collector.exhausted())
             asked, task = waiting.popleft()
             try:
                 # unlike await, wait leaves the request alive when this task is cancelled
@@ -294,4 +298,4 @@ def _meter(plan: Plan, engine: Engine, collector: Collector) -> str:
 def dry_run(plan: Plan) -> str:
     """Return request 0 and the estimate."""
     body = json.dumps(json.loads(first(plan).request.body), ensure_ascii=False, indent=2)
-    return f"{body}\n{estimate.text(plan)}"
+    return f"{body}\n{estimate.text(plan, plan.prices)}"
