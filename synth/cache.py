@@ -41,7 +41,8 @@ class Cache:
             return None
         try:
             row, answer = read_line(line)
-            if answer is None or row["key"] != key or not answer.complete:
+            whole = line.endswith(b"}\n") and answer is not None and answer.complete
+            if answer is None or not whole or row["key"] != key:
                 raise ValueError("no whole answer to this key")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: broken answer ({error}); remove the file") from error

@@ -42,6 +42,8 @@ class Behaviour:
     junk: float = 0.15
     """Share of the tasks that the paper's rules drop."""
     form: str = "schema"
+    categories: tuple[str, ...] = ("qa", "ie", "gen", "other")
+    """Of its tasks, one as often as the other; said where the prompt speaks of categories."""
     content: str | None = None
     """Said instead of tasks."""
     finish: str | None = None
@@ -317,7 +319,8 @@ class Server:
 
     def _completion(self, body: dict[str, Any], mark: str, size: int) -> dict[str, Any]:
         doing = self.behaviour
-        content = doing.content or self._tasks(mark)
+        asked = "Category" in str(body["messages"]) or "category" in str(body["messages"])
+        content = doing.content or self._tasks(mark, asked)
         most = 4 * (body.get("max_tokens") or body.get("max_completion_tokens"))
         cut = doing.honour_cap and len(content) > most
         content = content[:most] if cut else content
@@ -337,14 +340,17 @@ class Server:
             "usage": usage | {"total_tokens": sum(usage.values())},
         }
 
-    def _tasks(self, mark: str) -> str:
+    def _tasks(self, mark: str, with_category: bool) -> str:
         chance = random.Random(mark)
         made = [self._task(chance) for _ in range(self.behaviour.tasks)]
+        for task in made if with_category else []:
+            task["category"] = chance.choice(self.behaviour.categories)
         if self.behaviour.form == "schema":
             return json.dumps({"tasks": made})
         return "\n\n".join(
             f"{k}. Instruction: {t['instruction']}\n{k}. Input: {t['input']}\n"
             f"{k}. Output: {t['output']}"
+            + (f"\n{k}. Category: {t['category']}" if with_category else "")
             for k, t in enumerate(made, 4)
         )
 
