@@ -118,7 +118,8 @@ def prepare(run: Run) -> Prepared:
         shuffle=run.data.shuffle,
     )
     num_steps = run.train.steps or planner.num_steps(run.train.epochs)
-    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
+    weights = model.destinations()
+    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed, weights)
     run = dataclasses.replace(run, lora=llm.adapters.settings)
     return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs)
 
@@ -208,8 +209,10 @@ def train(run: Run, recipe_name: str, command: str) -> Path:
     note(f"writing to {out}")
     llm, jobs, template = prepared.llm, prepared.jobs, prepared.template.name
     rows: dict[str, Row] = {}
+    taken = prepared.adapters.taken
     if jobs and run.eval.before:
-        plain = Llm(llm.path, llm.model, llm.tokenizer)
+        # PiSSA's adapters hold a part of the untrained model
+        plain = Llm(llm.path, llm.model, llm.tokenizer, llm.adapters if taken else None)
         rows["before"] = score_tasks(plain, jobs, template, out, "before")
     log = MetricsLog(out / "metrics.jsonl")
     try:
