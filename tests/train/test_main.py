@@ -203,6 +203,11 @@ def test_tasks_are_scored_before_and_after(
     assert "the tuned model is not above the baseline" in capsys.readouterr().out
     for stage in ("before", "after"):
         assert (tmp_path / "out" / f"eval-{stage}" / "results.json").is_file()
+    # what PiSSA takes out of the weights is there when the untrained model answers
+    other = {"lora.init": "pissa", "out": str(tmp_path / "pissa")}
+    call(settings | other, "--set", f"eval.tasks={tasks}")
+    samples = "eval-before/samples_ncbi-disease.jsonl"
+    assert (tmp_path / "pissa" / samples).read_text() == (tmp_path / "out" / samples).read_text()
 
 
 def bad_json(data: Path, tmp: Path) -> dict[str, str]:
