@@ -66,7 +66,9 @@ def train(run: Run, recipe_name: str, command: str, ranks: Ranks = ALONE) -> Pat
     llm, jobs = prepared.llm, prepared.jobs
     rows: dict[str, Row] = {}
     if jobs and run.eval.before:
-        plain = Llm(llm.path, llm.model, llm.tokenizer)
+        # PiSSA's adapters hold a part of the untrained model
+        taken = prepared.adapters.taken
+        plain = Llm(llm.path, llm.model, llm.tokenizer, llm.adapters if taken else None)
         ranks.from_first(lambda: _score(rows, plain, prepared, out, "before"))
     log = MetricsLog(out / "metrics.jsonl" if ranks.is_first else Path(os.devnull))
     try:

@@ -103,7 +103,8 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
         shuffle=run.data.shuffle,
     )
     num_steps = run.train.steps or planner.num_steps(run.train.epochs)
-    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
+    weights = model.destinations()
+    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed, weights)
     run = dataclasses.replace(run, lora=llm.adapters.settings)
     return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs, ranks)
 
