@@ -158,7 +158,8 @@ class _NormLinear(torch.autograd.Function):
         own = [gradient for gradient in gradients[ctx.adds :] if gradient is not None]
         if not own:
             return dh_TD, dh_TD, None, None, None, *[None] * len(use.buffer.masters)
-        t_TR = ctx.saved_tensors[2]
+        saved = ctx.saved_tensors  # once: a recomputed layer gives them only once
+        t_TR = saved[2]
         if head.rotation is None:
             dy_TN = with_dense_rows(own[0])
             above = _Above(dy_TN, *use.gradients_of_b(dy_TN, t_TR))
@@ -166,7 +167,7 @@ class _NormLinear(torch.autograd.Function):
             # queries, keys and values are used together, by attention
             above = _back_through_heads(own, head.rotation, use, t_TR)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        dx_TD, da = _back_through_norm(above, ctx.saved_tensors, norm, use, dh_TD, wanted=wanted)
+        dx_TD, da = _back_through_norm(above, saved, norm, use, dh_TD, wanted=wanted)
         return dx_TD, dx_TD if ctx.adds else None, None, None, None, *in_turn(da, above.db)
 
 

@@ -8,57 +8,97 @@ they changed since: by an update, a loaded state, the average that stands in for
 A layer with more ranks than a buffer takes stays as it is, and is computed by its own forward.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from bioinstruct.kernels import Dropout
-from bioinstruct.kernels.augmented import MAX_RANKS, Augmented, Use
+from bioinstruct.kernels import Dropout, Heads, Rotation, split_rope
+from bioinstruct.kernels.augmented import MAX_RANKS, Augmented, Use, linear_of
 from bioinstruct.kernels.lora import group_of
+from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_linear, norm_mlp
 from bioinstruct.model.adapters import GROUPS, Adapters
+
+if TYPE_CHECKING:
+    from bioinstruct.model.llama import Block
+
+
+class Residual(NamedTuple):
+    """The residual stream between layers, before the last half's output is added to it."""
+
+    x_TD: Tensor
+    delta_TD: Tensor | None = None
+    """What is to be added."""
+    room: int = 0
+    """Columns to leave free behind the rows of delta's gradient."""
+
+    def added(self) -> Tensor:
+        """(T, D), the stream as plain layers take it."""
+        return self.x_TD if self.delta_TD is None else self.x_TD + self.delta_TD
 
 
 class AugmentedLayer:
-    """One layer's buffers.
+    """One layer over buffers.
 
     Args:
-        weights: its frozen matrices by group; each becomes a view of its buffer.
+        block: its weights; each frozen matrix becomes a view of its buffer.
         adapters: what trains.
-        layer: number of the layer.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter], adapters: Adapters, layer: int) -> None:
-        self.adapters, self.layer = adapters, layer
+    def __init__(self, block: "Block", adapters: Adapters) -> None:
+        self.block, self.adapters = block, adapters
         self.buffers: dict[str, Augmented] = {}
-        for group, weight in weights.items():
-            buffer = Augmented(weight.data, adapters.branches(layer, group))
+        for group, weight in block.matrices().items():
+            buffer = Augmented(weight.data, adapters.branches(block.layer, group))
             weight.data = buffer.w_NK
             self.buffers[group] = buffer
 
-    def use(self, group: str, dropout: Dropout | None) -> Use:
+    def __call__(
+        self,
+        residual: Residual,
+        rotation: Rotation,
+        attend: Callable[[int, Heads], Tensor],
+        dropout: Dropout | None = None,
+    ) -> Residual:
+        """Do as the block's own forward does."""
+        block = self.block
+        num_heads, eps = block.config.num_heads, block.config.norm_eps
+        qkv, o, gate_up, down = (self._use(group, dropout) for group in GROUPS)
+        norm = Norm(block.attention_norm_D, eps, residual.room)
+        if block.q_norm_E is None:
+            x_TD, heads = norm_heads(*residual[:2], norm, qkv, rotation, num_heads, block.bias_N)
+        else:
+            x_TD, qkv_TN = norm_linear(*residual[:2], norm, qkv, block.bias_N)
+            heads = split_rope(block.normed_heads(qkv_TN), rotation, num_heads)
+        o_THE = attend(block.layer, heads)
+        o_TD = linear_of(o, o_THE.flatten(1))
+        norm = Norm(block.mlp_norm_D, eps, o.buffer.room)
+        return Residual(*norm_mlp(x_TD, o_TD, norm, gate_up, down), down.buffer.room)
+
+    def _use(self, group: str, dropout: Dropout | None) -> Use:
         """One pack's use of a buffer."""
         buffer, scale = self.buffers[group], self.adapters.settings.scale
-        site = self.layer * len(GROUPS) + GROUPS.index(group)
+        site = self.block.layer * len(GROUPS) + GROUPS.index(group)
         return Use(buffer, group_of(buffer.branches, scale, dropout, site, fused=True))
 
 
 class AugmentedLayers:
-    """All layers' buffers, for one set of adapters.
+    """All layers over buffers, for one set of adapters.
 
     Args:
-        weights: the frozen matrices of every layer, by group.
+        blocks: the model's.
         adapters: what trains.
     """
 
     @torch.inference_mode(mode=False)
-    def __init__(self, weights: Iterable[dict[str, nn.Parameter]], adapters: Adapters) -> None:
+    def __init__(self, blocks: Sequence["Block"], adapters: Adapters) -> None:
         self.adapters = adapters
         self.layers: list[AugmentedLayer | None] = []
-        for layer, matrices in enumerate(weights):
-            widest = max(adapters.ranks(layer, group) for group in matrices)
+        for block in blocks:
+            widest = max(adapters.ranks(block.layer, group) for group in GROUPS)
             fits = widest <= MAX_RANKS
-            self.layers.append(AugmentedLayer(matrices, adapters, layer) if fits else None)
+            self.layers.append(AugmentedLayer(block, adapters) if fits else None)
         self._version = adapters.version
 
     @torch.inference_mode(mode=False)

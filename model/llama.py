@@ -10,17 +10,20 @@ is rotated.
 
 There is no batch dimension and no padding: activations are (T, D), documents lie one after the
 other, and positions restart with each of them. Projections that share their input are stored as one
-matrix (q, k, v; gate, up). All weights are frozen; what trains are the adapters passed in.
+matrix (q, k, v; gate, up). All weights are frozen and what trains are the adapters passed in,
+unless the trainer unfreezes them.
 
 Shapes   T packed tokens, D model width, H query heads, G key/value heads, E head width, F
          feed-forward width, V vocabulary, N = (H + 2G) * E.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from bioinstruct.kernels import (
     Documents,
@@ -34,11 +37,9 @@ from bioinstruct.kernels import (
     split_rope,
     swiglu,
 )
-from bioinstruct.kernels.augmented import linear_of
 from bioinstruct.kernels.dispatch import uses_triton
-from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_linear, norm_mlp
 from bioinstruct.model.adapters import GROUPS, Adapters
-from bioinstruct.model.augmented_layers import AugmentedLayer, AugmentedLayers
+from bioinstruct.model.augmented_layers import AugmentedLayer, AugmentedLayers, Residual
 from bioinstruct.model.config import LlamaConfig
 
 HEAD_ROWS = 8192
@@ -68,18 +69,20 @@ def pack_documents(documents: list[list[int]], device: torch.device | str = "cpu
     )
 
 
-class Residual(NamedTuple):
-    """The residual stream between fused layers, before the last half's output is added to it."""
+class Piece(NamedTuple):
+    """A tensor of a checkpoint as rows of a parameter."""
 
-    x_TD: Tensor
-    delta_TD: Tensor | None = None
-    """What is to be added."""
-    room: int = 0
-    """Columns to leave free behind the rows of delta's gradient."""
+    parameter: nn.Parameter
+    start: int
+    rows: int
 
-    def added(self) -> Tensor:
-        """(T, D), the stream as plain layers take it."""
-        return self.x_TD if self.delta_TD is None else self.x_TD + self.delta_TD
+    def view(self) -> Tensor:
+        """These rows in the parameter's own memory."""
+        return self.parameter.data[self.start : self.start + self.rows]
+
+
+def _whole(parameter: nn.Parameter) -> Piece:
+    return Piece(parameter, 0, len(parameter))
 
 
 class Block(nn.Module):
@@ -122,65 +125,45 @@ class Block(nn.Module):
         qkv_TN = linear("qkv", h_TD, self.qkv_ND)
         if self.bias_N is not None:
             qkv_TN = qkv_TN + self.bias_N
-        heads = split_rope(self._normed_heads(qkv_TN), rotation, self.config.num_heads)
+        heads = split_rope(self.normed_heads(qkv_TN), rotation, self.config.num_heads)
         o_THE = attend(self.layer, heads)
         o_TD = linear("o", o_THE.flatten(1), self.o_DM)
         x_TD, h_TD = add_rmsnorm(x_TD, o_TD, self.mlp_norm_D, self.config.norm_eps)
         h_TF = swiglu(linear("gate_up", h_TD, self.gate_up_2FD))
         return x_TD + linear("down", h_TF, self.down_DF)
 
-    def augmented(
-        self,
-        residual: Residual,
-        rotation: Rotation,
-        attend: Attend,
-        buffers: AugmentedLayer,
-        dropout: Dropout | None = None,
-    ) -> Residual:
-        """Do as forward does, over buffers that hold weights and adapters, with fused kernels."""
-        eps = self.config.norm_eps
-        qkv, o, gate_up, down = (buffers.use(group, dropout) for group in GROUPS)
-        norm = Norm(self.attention_norm_D, eps, residual.room)
-        if self.q_norm_E is None:
-            x_TD, heads = norm_heads(
-                *residual[:2], norm, qkv, rotation, self.config.num_heads, self.bias_N
-            )
-        else:
-            x_TD, qkv_TN = norm_linear(*residual[:2], norm, qkv, self.bias_N)
-            heads = split_rope(self._normed_heads(qkv_TN), rotation, self.config.num_heads)
-        o_THE = attend(self.layer, heads)
-        o_TD = linear_of(o, o_THE.flatten(1))
-        norm = Norm(self.mlp_norm_D, eps, o.buffer.room)
-        return Residual(*norm_mlp(x_TD, o_TD, norm, gate_up, down), down.buffer.room)
-
     def matrices(self) -> dict[str, nn.Parameter]:
         """The frozen matrices that adapters may go with, by group."""
         weights = self.qkv_ND, self.o_DM, self.gate_up_2FD, self.down_DF
         return dict(zip(GROUPS, weights, strict=True))
 
-    def destinations(self) -> dict[str, Tensor]:
-        """Where each tensor of this layer belongs, by the end of its Hugging Face name."""
+    def pieces(self) -> dict[str, Piece]:
+        """Which rows of which parameter hold each tensor of this layer, by its name's end."""
         config, E = self.config, self.config.head_dim
-        sizes = (config.num_heads * E, config.num_kv_heads * E, config.num_kv_heads * E)
-        gate_weight, up_weight = self.gate_up_2FD.data.chunk(2)
-        places = {"input_layernorm.weight": self.attention_norm_D.data}
-        for name, weight in zip("qkv", self.qkv_ND.data.split(sizes), strict=True):
-            places[f"self_attn.{name}_proj.weight"] = weight
+        q, kv, F = config.num_heads * E, config.num_kv_heads * E, config.intermediate_size
+        rows = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}
+        found = {"input_layernorm.weight": _whole(self.attention_norm_D)}
+        for name, place in rows.items():
+            found[f"self_attn.{name}_proj.weight"] = Piece(self.qkv_ND, *place)
         if self.bias_N is not None:
-            for name, bias in zip("qkv", self.bias_N.data.split(sizes), strict=True):
-                places[f"self_attn.{name}_proj.bias"] = bias
+            for name, place in rows.items():
+                found[f"self_attn.{name}_proj.bias"] = Piece(self.bias_N, *place)
         if self.q_norm_E is not None and self.k_norm_E is not None:
-            places["self_attn.q_norm.weight"] = self.q_norm_E.data
-            places["self_attn.k_norm.weight"] = self.k_norm_E.data
-        return places | {
-            "self_attn.o_proj.weight": self.o_DM.data,
-            "post_attention_layernorm.weight": self.mlp_norm_D.data,
-            "mlp.gate_proj.weight": gate_weight,
-            "mlp.up_proj.weight": up_weight,
-            "mlp.down_proj.weight": self.down_DF.data,
+            found["self_attn.q_norm.weight"] = _whole(self.q_norm_E)
+            found["self_attn.k_norm.weight"] = _whole(self.k_norm_E)
+        return found | {
+            "self_attn.o_proj.weight": _whole(self.o_DM),
+            "post_attention_layernorm.weight": _whole(self.mlp_norm_D),
+            "mlp.gate_proj.weight": Piece(self.gate_up_2FD, 0, F),
+            "mlp.up_proj.weight": Piece(self.gate_up_2FD, F, F),
+            "mlp.down_proj.weight": _whole(self.down_DF),
         }
 
-    def _normed_heads(self, qkv_TN: Tensor) -> Tensor:
+    def destinations(self) -> dict[str, Tensor]:
+        """Where each tensor of this layer belongs, by the end of its Hugging Face name."""
+        return {name: piece.view() for name, piece in self.pieces().items()}
+
+    def normed_heads(self, qkv_TN: Tensor) -> Tensor:
         """Norm every head of q and of k, where the model does so."""
         if self.q_norm_E is None or self.k_norm_E is None:
             return qkv_TN
@@ -215,6 +198,9 @@ class Llama(nn.Module):
         self.may_augment = True
         """Whether weights and adapters may share buffers; False where the weights are sharded."""
         self._augmented: AugmentedLayers | None = None
+        self.recomputed_layers = 0
+        """So many layers, from the first on, keep only their input for the backward pass. The last
+        ones' activations are gone by the time that the first ones' are computed anew."""
 
         def frozen(*shape: int) -> nn.Parameter:
             empty = torch.empty(shape, device=device, dtype=dtype)
@@ -231,20 +217,30 @@ class Llama(nn.Module):
         )
         self.inverse_frequency_E = _inverse_frequency(config, self.device)
 
-    def destinations(self) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint belongs, by its Hugging Face name.
+    def pieces(self) -> dict[str, Piece]:
+        """Which rows of which parameter hold each tensor of a checkpoint, by Hugging Face name.
 
-        A tensor of a fused projection is a slice of it. The tied head has no entry.
+        A tensor of a fused projection is a part of its rows. The tied head has no entry.
         """
-        places: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding_VD.data}
+        found = {"model.embed_tokens.weight": _whole(self.embedding_VD)}
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            own = block.destinations()
-            places |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
-        places["model.norm.weight"] = self.norm_D.data
+            own = block.pieces()
+            found |= {f"model.layers.{i}.{name}": piece for name, piece in own.items()}
+        found["model.norm.weight"] = _whole(self.norm_D)
         if not self.config.tied_embeddings:
-            places["lm_head.weight"] = self.head_VD.data
-        return places
+            found["lm_head.weight"] = _whole(self.head_VD)
+        return found
+
+    def destinations(self) -> dict[str, Tensor]:
+        """Where each tensor of a checkpoint belongs, by its Hugging Face name."""
+        return {name: piece.view() for name, piece in self.pieces().items()}
+
+    def materialise(self, device: torch.device) -> None:
+        """Give the weights of a model made on the meta device memory; they stay uninitialised."""
+        self.to_empty(device=device)
+        self.device = device
+        self.inverse_frequency_E = _inverse_frequency(self.config, device)
 
     def randomise(self, seed: int, std: float = 0.02) -> None:
         """Fill the weights with normal noise and the gains with 1, for benches and tests."""
@@ -281,35 +277,28 @@ class Llama(nn.Module):
             dropout: masks for the branches, in training only.
         """
         rotation = self.rotation(positions_T)
-        layers = self._augmented_for(adapters)
-        residual = Residual(self.embedding_VD[ids_T])
-        for block, buffers in zip(self.blocks, layers, strict=True):
-            assert isinstance(block, Block)
-            if buffers is None:
-                plain_TD = residual.added()
-                residual = Residual(block(plain_TD, rotation, attend, adapters, dropout))
-            else:
-                residual = block.augmented(residual, rotation, attend, buffers, dropout)
+        residual = Residual(functional.embedding(ids_T, self.embedding_VD))
+        recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
+        layers = zip(self.blocks, self._augmented_for(adapters), strict=True)
+        for i, (block, buffers) in enumerate(layers):
+            again = i < recomputed
+            if buffers is not None:
+                residual = _run(buffers, residual, rotation, attend, dropout, again=again)
+                continue
+            given = residual.added(), rotation, attend, adapters, dropout
+            residual = Residual(_run(block, *given, again=again))
         x_TD, delta_TD, room = residual
         if delta_TD is None:
             return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)
         return add_rmsnorm(x_TD, delta_TD, self.norm_D, self.config.norm_eps, room)[1]
 
     def _augmented_for(self, adapters: Adapters | None) -> Sequence[AugmentedLayer | None]:
-        """Every layer's buffers for these adapters, up to date; None for layers that run plainly.
-
-        Made at their first use where the kernels run, and made anew for other adapters.
-        """
-        plain: list[AugmentedLayer | None] = [None] * len(self.blocks)
-        if adapters is None or not self.may_augment:
-            return plain
-        if not uses_triton(self.norm_D, adapters.flat_P):
-            return plain
+        """Layers over buffers, made at their first use, or None for those that run plainly."""
+        if not (adapters and self.may_augment and uses_triton(self.norm_D, adapters.flat_P)):
+            return [None] * len(self.blocks)
         if self._augmented is None or self._augmented.adapters is not adapters:
-            # the former buffers go first, or there would be two copies of the weights
-            self._augmented = None
-            matrices = (b.matrices() for b in self.blocks if isinstance(b, Block))
-            self._augmented = AugmentedLayers(matrices, adapters)
+            self._augmented = None  # first, or there would be two copies of the weights
+            self._augmented = AugmentedLayers([*self.blocks], adapters)  # type: ignore[list-item]
         self._augmented.refresh()
         return self._augmented.layers
 
@@ -318,6 +307,14 @@ class Llama(nn.Module):
         attend = self.packed_attention(pack.documents)
         h_TD: Tensor = self(pack.ids_T, pack.positions_T, attend, adapters)
         return (h_TD @ self.head_VD.T).to(torch.promote_types(self.dtype, torch.float32))
+
+
+def _run(layer: Callable[..., Any], *given: Any, again: bool) -> Any:
+    """Compute a layer; with again, once more in the backward pass, which then keeps nothing."""
+    if not again:
+        return layer(*given)
+    # masks are counted, not drawn, so there is no generator whose state would matter
+    return checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def _rotation(positions_T: Tensor, inverse_frequency_E: Tensor, dtype: torch.dtype) -> Rotation:

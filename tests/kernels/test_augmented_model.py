@@ -105,6 +105,14 @@ def test_every_gradient_is_the_plain_paths(case: str, p: float) -> None:
     assert_equal_to_the_reference(*made(config, **settings, dropout=p))
 
 
+def test_recomputed_layers_give_the_same_gradient() -> None:
+    model, adapters = made(TINY, dropout=0.2)
+    _, once_P = gradient("triton", model, adapters)
+    model.recomputed_layers = 1
+    _, again_P = gradient("triton", model, adapters)
+    assert torch.equal(once_P, again_P)
+
+
 # ---- memory ------------------------------------------------------------------------------------
 
 
