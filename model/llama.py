@@ -298,7 +298,7 @@ class Llama(nn.Module):
             return [None] * len(self.blocks)
         if self._augmented is None or self._augmented.adapters is not adapters:
             self._augmented = None  # first, or there would be two copies of the weights
-            self._augmented = AugmentedLayers([*self.blocks], adapters)  # type: ignore[list-item]
+            self._augmented = AugmentedLayers([*self.blocks], adapters)
         self._augmented.refresh()
         return self._augmented.layers
 
