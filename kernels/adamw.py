@@ -21,6 +21,8 @@ from torch import Tensor
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, tl, uses_triton
 
 BLOCK_P = 1024
+CHUNK_P = 1 << 16
+"""Numbers that torch's operations update at a time on a CPU: 1 MB of masters and moments."""
 NORM_PARTS = 1024
 """Programs of the norm, so that the order of the sum depends on nothing but P."""
 
@@ -104,6 +106,13 @@ def adamw_(
         )  # fmt: skip
         # torch does not see what a kernel writes, and copies of the masters are made by version
         torch.autograd.graph.increment_version(p_P)
+        return
+    if plus_P is None and p_P.numel() > CHUNK_P and not p_P.is_cuda:
+        # all passes over a chunk while it is in cache
+        rest = {"lr": lr, "step": step, "betas": betas, "eps": eps}
+        rest |= {"weight_decay": weight_decay, "grad_factor": grad_factor}
+        for parts in zip(*(x.split(CHUNK_P) for x in (p_P, g_P, m_P, v_P)), strict=True):
+            adamw_(*parts, **rest)  # type: ignore[arg-type]
         return
     if grad_factor != 1.0:
         g_P.mul_(grad_factor)

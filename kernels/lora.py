@@ -70,6 +70,17 @@ def lora_linear_reference(
     return y_TN
 
 
+class Copies(NamedTuple):
+    """The masters of a group in the compute dtype, made once for many calls."""
+
+    a_RK: Tensor
+    """Every A, one below the other."""
+    b_NR: tuple[Tensor, ...]
+    """B of each branch, its factor included."""
+    a_grad_RK: Tensor
+    """Where the gradients of every A are added, one below the other."""
+
+
 # ---- the passes of a rank's width --------------------------------------------------------------
 
 
@@ -86,15 +97,22 @@ class Group(NamedTuple):
     """Mask of each branch; all the same unless masks are drawn per module."""
     fused: bool
     """Whether the kernels run."""
+    copies: Copies | None = None
 
 
 def group_of(
-    branches: Sequence[Branch], scale: float, dropout: Dropout | None, site: int, *, fused: bool
+    branches: Sequence[Branch],
+    scale: float,
+    dropout: Dropout | None,
+    site: int,
+    *,
+    fused: bool,
+    copies: Copies | None = None,
 ) -> Group:
     """Collect what a call needs beside its tensors."""
     sites = [site if dropout is None else dropout.site_of(site, b.number) for b in branches]
     starts, factors = [b.start for b in branches], [b.factor for b in branches]
-    return Group(scale, dropout, tuple(starts), tuple(factors), tuple(sites), fused)
+    return Group(scale, dropout, tuple(starts), tuple(factors), tuple(sites), fused, copies)
 
 
 class Part(NamedTuple):
@@ -144,14 +162,18 @@ def spans_of(group: Group, parts: Sequence[Part], R: int) -> list[Span]:
     ]
 
 
-def stacked_a(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _stacked_a(group: Group, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     """Every A of a group, one below the other."""
-    return (masters[0] if len(masters) == 2 else torch.cat(tuple(masters[::2]))).to(dtype)
+    if group.copies is not None:
+        return group.copies.a_RK
+    return (parts[0].a_RK if len(parts) == 1 else torch.cat([p.a_RK for p in parts])).to(dtype)
 
 
-def narrow_b(part: Part, dtype: torch.dtype) -> Tensor:
-    """B in the compute dtype, its factor included."""
-    return (part.b_NR if part.factor == 1 else part.b_NR * part.factor).to(dtype)
+def _narrow_b(group: Group, parts: Sequence[Part], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Every B in the compute dtype, its factor included."""
+    if group.copies is not None:
+        return group.copies.b_NR
+    return [(p.b_NR if p.factor == 1 else p.b_NR * p.factor).to(dtype) for p in parts]
 
 
 def _by_kernel(group: Group, ranks: slice) -> bool:
@@ -185,13 +207,15 @@ def up_backward(
 ) -> list[Tensor | None]:
     """Write ds = s dy B, and return dB of every branch, None where it was added already."""
     found: list[Tensor | None] = []
-    for part in parts:
+    narrow = [] if group.fused else _narrow_b(group, parts, dy_TN.dtype)
+    for i, part in enumerate(parts):
         dy, t, ds = dy_TN[:, part.columns], t_TR[:, part.ranks], ds_TR[:, part.ranks]
         if _by_kernel(group, part.ranks):
             sums = skinny.shrink_dy(dy, part.b_NR, t, ds, group.scale * part.factor)
             found.append(skinny.add_gradient(part.b_NR, sums, part.factor))
         else:
-            torch.mm(dy, narrow_b(part, dy.dtype), out=ds).mul_(group.scale)
+            b_NR = narrow[i] if narrow else _narrow_b(group, [part], dy.dtype)[0]
+            torch.mm(dy, b_NR, out=ds).mul_(group.scale)
             found.append(_added(part.b_NR, dy.T, t, part.factor))
     return found
 
@@ -200,17 +224,25 @@ def _added(master: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> 
     """Add factor times a product to the master's gradient and return None; or return it."""
     if master.grad is None:
         return torch.mm(left, right).mul_(factor).to(master.dtype)
-    if master.grad.dtype == left.dtype:
-        master.grad.addmm_(left, right, alpha=factor)
-    else:
-        master.grad.add_(torch.mm(left, right), alpha=factor)
+    _add_product(master.grad, left, right, factor)
     return None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=factor)
+    else:
+        total.add_(torch.mm(left, right), alpha=factor)
 
 
 def down_backward(
     source: skinny.Source, ds_TR: Tensor, group: Group, parts: Sequence[Part]
 ) -> list[Tensor | None]:
     """dA = ds^T (m*x) of every branch, None where it was added already."""
+    if not group.fused and group.copies is not None and len(set(group.sites)) == 1:
+        # one product for all of them, into gradients that lie one below the other
+        _add_product(group.copies.a_grad_RK, ds_TR.T, _masked(source.made(), group, group.sites[0]))
+        return [None] * len(parts)
     if not group.fused:
         inner = {site: _masked(source.made(), group, site) for site in set(group.sites)}
         return [
@@ -259,12 +291,11 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
         x_TK, parts = with_dense_rows(x_TK), parts_of(group, masters)
-        a_RK = stacked_a(masters, x_TK.dtype)
+        a_RK = _stacked_a(group, parts, x_TK.dtype)
         y_TN = torch.mm(x_TK, w_NK.T)
         t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
         write_t(t_TR, x_TK, a_RK, group, parts)
-        for part in parts:
-            b_NR = narrow_b(part, x_TK.dtype)
+        for part, b_NR in zip(parts, _narrow_b(group, parts, x_TK.dtype), strict=True):
             y_TN[:, part.columns].addmm_(t_TR[:, part.ranks], b_NR.T)
         ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
         ctx.group = group
@@ -280,7 +311,7 @@ class _LoraLinear(torch.autograd.Function):
         da = down_backward(skinny.Source(x_TK), ds_TR, group, parts)
         dx_TK = None
         if ctx.needs_input_grad[0]:
-            a_RK = stacked_a(masters, dy_TN.dtype)
+            a_RK = _stacked_a(group, parts, dy_TN.dtype)
             dx_TK = input_gradient(dy_TN, w_NK, ds_TR, a_RK, group, parts)
         return dx_TK, None, None, *(g for pair in zip(da, db, strict=True) for g in pair)
 
@@ -292,6 +323,7 @@ def lora_linear(
     scale: float = 1.0,
     dropout: Dropout | None = None,
     site: int = 0,
+    copies: Copies | None = None,
 ) -> Tensor:
     """Frozen linear of one projection, or of a group that shares its input, plus LoRA branches.
 
@@ -302,6 +334,7 @@ def lora_linear(
         scale: alpha / r, times a branch's own factor.
         dropout: masks of the branches' input, or None.
         site: number of this group in the model, which the masks depend on.
+        copies: of the branches' masters in x's dtype, where they exist; not for the kernels.
 
     Returns:
         (T, N), in x's dtype.
@@ -319,7 +352,8 @@ def lora_linear(
     _check(branches, *w_NK.shape)
     masters = [m for branch in branches for m in (branch.a_RK, branch.b_NR)]
     fused = uses_triton(x_TK, w_NK, *masters)
-    group = group_of(branches, scale, dropout, site, fused=fused)
+    copies = None if fused else copies
+    group = group_of(branches, scale, dropout, site, fused=fused, copies=copies)
     y_TN: Tensor = _LoraLinear.apply(x_TK, w_NK, group, *masters)
     return y_TN
 

@@ -198,7 +198,7 @@ def norm_with_t(
         _norm_t, (cdiv(T, 32),), x_TD, delta, w_D, a_RD, h_TD, y_TD, t_TR, r_T, positions, draws,
         T, D, R, y_TD.stride(0), a_RD.stride(0), eps, mask.scale * keep_scale(mask.dropout),
         *numbers, ADD=add, DROP=mask.dropout is not None, UP=INTERPRETED,
-        BLOCK_T=32, BLOCK_D=128, **rank_block(R, 128), num_stages=2,
+        BLOCK_T=32, BLOCK_D=128, **rank_block(R), num_stages=2,
     )  # fmt: skip
     return NormedT(h_TD, y_TD, r_T, t_TR)
 
@@ -240,7 +240,8 @@ def norm_backward_with_da(
         ds_TR.stride(0), 1 / mask.scale, DROP=drop, BLOCK_D=min(2048, next_power_of_2(D)),
         RANKS=next_power_of_2(R), num_warps=4,
     )  # fmt: skip
-    block_t, block_d = 32, 64
+    # wider blocks of a masked rank above 32 spill
+    block_t, block_d = 32, 32 if drop and R > 32 else 64
     splits, rows = row_split(T, cdiv(D, block_d), block_t)
     parts = h_TD.new_empty(splits, R, D, dtype=torch.float32)
     positions, draws, *numbers = mask_arguments(mask.dropout, mask.site, h_TD)
@@ -249,6 +250,6 @@ def norm_backward_with_da(
         dx_TD, parts, positions, draws, T, D, R, dy_TD.stride(0), ds_TR.stride(0), a_RD.stride(0),
         dh.stride(0), dx_TD.stride(0), rows, keep_scale(mask.dropout), *numbers,
         ADD=dh_TD is not None, DROP=drop, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_D=block_d,
-        **rank_block(R, 128), num_stages=2,
+        **rank_block(R), num_stages=2,
     )  # fmt: skip
     return dx_TD, parts

@@ -98,6 +98,6 @@ def turn_back_with_lora(
         _turn_back_lora, (H, splits), dy_THE, out_TN, *table, b_NR, t_TR, ds_HTR, db_PNR,
         T, E // 2, R, *dy_THE.stride()[:2], out_TN.stride(0), b_NR.stride(0), t_TR.stride(0), rows,
         TURN=rotation is not None, UP=INTERPRETED, CHUNK=CHUNK, BLOCK_T=32,
-        BLOCK_E=max(16, next_power_of_2(E // 2)), **rank_block(R), num_stages=2,
+        BLOCK_E=max(16, next_power_of_2(E // 2)), **rank_block(R, 16), num_stages=2,
     )  # fmt: skip
     return HeadGradients(ds_HTR, db_PNR)

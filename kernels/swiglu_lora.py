@@ -167,7 +167,7 @@ def swiglu_with_t(gate_up_T2F: Tensor, a_RF: Tensor, mask: Mask) -> tuple[Tensor
         _swiglu_t, (cdiv(T, 32),), gate_up_T2F, a_RF, h_TF, t_TR, positions, draws,
         T, F, R, h_TF.stride(0), a_RF.stride(0), mask.scale * keep_scale(mask.dropout), *numbers,
         DROP=mask.dropout is not None, UP=INTERPRETED, BLOCK_T=32, BLOCK_F=128,
-        **rank_block(R, 128), num_stages=2,
+        **rank_block(R, 32), num_stages=1 if R <= 16 else 3,
     )  # fmt: skip
     return h_TF, t_TR
 

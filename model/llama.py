@@ -119,7 +119,8 @@ class Block(nn.Module):
                 return lora_linear(x, weight)
             branches = adapters.branches(self.layer, group)
             site = self.layer * len(GROUPS) + GROUPS.index(group)
-            return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site)
+            copies = adapters.copies(self.layer, group, x.dtype)
+            return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site, copies)
 
         h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
         qkv_TN = linear("qkv", h_TD, self.qkv_ND)
