@@ -43,10 +43,11 @@ from bioinstruct.kernels import (  # noqa: E402
     split_rope,
     swiglu,
 )
-from bioinstruct.kernels.adamw import adamw_, global_norm  # noqa: E402
+from bioinstruct.kernels.adamw import adamw_, clip_factor_tensor, norm_tensor  # noqa: E402
 from bioinstruct.kernels.augmented import Augmented, Use  # noqa: E402
 from bioinstruct.kernels.dispatch import HAS_TRITON, Launch, recorded  # noqa: E402
 from bioinstruct.kernels.lora import group_of  # noqa: E402
+from bioinstruct.kernels.mirror import Mirror, Place  # noqa: E402
 from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_mlp  # noqa: E402
 from bioinstruct.synth import console  # noqa: E402
 from bioinstruct.synth.files import write_text  # noqa: E402
@@ -141,7 +142,9 @@ def _run_rest() -> None:
     p, g, m, v = torch.zeros(4, 4096)
     for plus in (None, torch.zeros(4096, dtype=torch.bool)):
         adamw_(p, g, m, v, lr=1e-4, step=1, plus_P=plus, plus_ratio=16.0)
-    global_norm(g)
+    adamw_(p, g, m, v, lr=1e-4, step=1, grad_factor=clip_factor_tensor(p[0], 1.0))
+    norm_tensor(g)
+    Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)]).refresh(p)
 
 
 def launches() -> list[Launch]:

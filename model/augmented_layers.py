@@ -17,6 +17,7 @@ from torch import Tensor
 from bioinstruct.kernels import Dropout, Heads, Rotation, split_rope
 from bioinstruct.kernels.augmented import MAX_RANKS, Augmented, Use, linear_of
 from bioinstruct.kernels.lora import group_of
+from bioinstruct.kernels.mirror import Mirror, Place
 from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_linear, norm_mlp
 from bioinstruct.model.adapters import GROUPS, Adapters
 
@@ -100,13 +101,20 @@ class AugmentedLayers:
             fits = widest <= MAX_RANKS
             self.layers.append(AugmentedLayer(block, adapters) if fits else None)
         self._version = adapters.version
+        self._mirror = Mirror(
+            [
+                Place(int(master.storage_offset()), block, factor)
+                for layer in self.layers
+                if layer is not None
+                for buffer in layer.buffers.values()
+                for master, block, factor in buffer.places()
+            ]
+        )
 
     @torch.inference_mode(mode=False)
     def refresh(self) -> None:
         """Round the masters into the buffers, if they changed since."""
         if self._version == self.adapters.version:
             return
-        for layer in filter(None, self.layers):
-            for buffer in layer.buffers.values():
-                buffer.refresh()
+        self._mirror.refresh(self.adapters.flat_P)
         self._version = self.adapters.version

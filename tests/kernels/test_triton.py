@@ -31,10 +31,17 @@ from bioinstruct.kernels import (
     split_rope,
     swiglu,
 )
-from bioinstruct.kernels.adamw import adamw_, global_norm
+from bioinstruct.kernels.adamw import (
+    adamw_,
+    clip_factor,
+    clip_factor_tensor,
+    global_norm,
+    norm_tensor,
+)
 from bioinstruct.kernels.augmented import Augmented, augmented_linear
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy_reference
 from bioinstruct.kernels.lora import lora_linear_reference
+from bioinstruct.kernels.mirror import Mirror, Place
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
 from bioinstruct.kernels.rope import rope_reference
 from bioinstruct.kernels.rows import extended, with_room
@@ -240,6 +247,52 @@ def test_the_norm_shows_what_is_not_finite(bad: float) -> None:
     g = torch.ones(3000, device=DEVICE)
     g[2999] = bad
     assert not np.isfinite(global_norm(g))
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
+def test_a_clip_factor_that_is_on_its_way(limit: float, choice: str) -> None:
+    p, g, m, v = (t.float().to(DEVICE) for t in normal((2000,), (2000,), (2000,), (2000,)))
+    found = []
+    with dispatch.forced(choice):
+        for late in (False, True):
+            own = [t.clone() for t in (p, g, m.square(), v.square())]
+            norm = norm_tensor(own[1])
+            early = clip_factor(float(norm), limit)
+            factor = clip_factor_tensor(norm, limit) if late else early
+            adamw_(*own, lr=0.1, step=3, grad_factor=factor)  # type: ignore[arg-type]
+            found.append(own)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_step_is_skipped_without_waiting(bad: float, choice: str) -> None:
+    p, g, m, v = (t.float().to(DEVICE) for t in normal((2000,), (2000,), (2000,), (2000,)))
+    before = [t.clone() for t in (p, m, v)]
+    g[1234] = bad
+    with dispatch.forced(choice):
+        adamw_(p, g, m, v, lr=0.1, step=3, grad_factor=clip_factor_tensor(norm_tensor(g), 1.0))
+    assert all(torch.equal(a, b) for a, b in zip((p, m, v), before, strict=True))
+
+
+@each_dtype
+def test_one_launch_copies_masters_to_all_their_places(dtype: torch.dtype) -> None:
+    (flat,) = normal((5000,))
+    flat = flat.float().to(DEVICE)
+    wide = torch.zeros(70, 90, dtype=dtype, device=DEVICE)
+    places = [
+        Place(0, wide[:30, :80], 1.0),  # 2,400 numbers, more than a tile
+        Place(2400, wide[30:33, 5:6], -2.0),
+        Place(4000, wide[40:60, 40:90], 0.5),
+    ]
+    exact = torch.zeros_like(wide)
+    exact[:30, :80] = flat[:2400].view(30, 80)
+    exact[30:33, 5:6] = -2 * flat[2400:2403, None]
+    exact[40:60, 40:90] = 0.5 * flat[4000:].view(20, 50)
+    Mirror(places).refresh(flat)
+    assert torch.equal(wide, exact)
 
 
 # ---- dropout -----------------------------------------------------------------------------------
