@@ -114,6 +114,7 @@ class Sentencepiece(Tokenizer):
                 for token in range(self.vocab_size)
             ],
             merges=None,
+            space_prefix=self._prefixes,
         )
 
     def _encode(self, text: str) -> list[int]:

@@ -43,6 +43,8 @@ class GgufWords(NamedTuple):
     """1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
     scores: list[float] | None
     merges: list[str] | None
+    space_prefix: bool | None = None
+    """Whether a blank is put before a text, for llama."""
 
 
 class Tokenizer(ABC):
