@@ -48,7 +48,7 @@ def test_inspect_says_what_a_model_is(data: Path, name: str) -> None:
     assert f"{config.parameter_count():,} in " in text
     assert f"{config.num_layers} layers of width {config.hidden_size}" in text
     assert re.search(rf"family +{config.family}\n", text)
-    assert "memory at 4096 tokens" in text
+    assert "estimate at 4096 tokens" in text and "by formula, not measured" in text
 
 
 def test_inspect_shows_tokenizer_and_template(smollm2: Path) -> None:
