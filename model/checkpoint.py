@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,6 +34,17 @@ INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Rows(NamedTuple):
+    """Where some rows of a weight belong."""
+
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    start: int
+    """The first of its rows that is wanted."""
+    destination: Tensor
+    """As many rows as are wanted; of any float dtype, strides and device."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,24 @@ class Checkpoint:
                 shape, unknown, or of a type that is no plain number; during it, a weight that is
                 not finite or too large for its destination.
         """
-        self.check({name: tuple(place.shape) for name, place in destinations.items()})
+        whole = {name: Rows(tuple(place.shape), 0, place) for name, place in destinations.items()}
+        self.load_rows(whole)
+
+    @torch.no_grad()
+    def load_rows(self, places: Mapping[str, Rows]) -> None:
+        """Copy a part of every weight to its place; the rest of the files is not read.
+
+        Args:
+            places: by Hugging Face name, as for load_into.
+
+        Raises:
+            ValueError: as load_into; values are looked at where they are copied.
+        """
+        self.check({name: rows.shape for name, rows in places.items()})
         for name, stored in self.tensors.items():
-            if name in destinations:
-                destination = destinations[name]
-                source = stored.read()
+            if name in places and places[name].destination.numel():
+                _, start, destination = places[name]
+                source = stored.read()[start : start + len(destination)]
                 check_values(f"{self.path}: {name}", source, destination.dtype)
                 destination.copy_(source)
 
