@@ -238,7 +238,7 @@ def norm_backward_with_da(
     launch(
         _norm_sums, (T,), dy_TD, h_TD, w_D, r_T, ds_TR, t_TR, c_T, D, R, dy_TD.stride(0),
         ds_TR.stride(0), 1 / mask.scale, DROP=drop, BLOCK_D=min(2048, next_power_of_2(D)),
-        RANKS=next_power_of_2(R), num_warps=4,
+        RANKS=next_power_of_2(R), num_warps=8,
     )  # fmt: skip
     # wider blocks of a masked rank above 32 spill
     block_t, block_d = 32, 32 if drop and R > 32 else 64

@@ -64,6 +64,13 @@ def _turn_back_lora(
     tl.store(db_parts + row * R + rank, db, mask=(n[:, None] < 2 * half) & (rank < R))
 
 
+def _warps(R: int, *, turns: bool) -> dict[str, int]:
+    """The rank's tile, warps and stages; what spills nowhere was found by trying."""
+    if R <= 16 and not turns:
+        return {**rank_block(R), "num_stages": 1}
+    return {**rank_block(R, 16), "num_stages": 2}
+
+
 class HeadGradients(NamedTuple):
     """Float32 parts, to be added over their first axis."""
 
@@ -98,6 +105,6 @@ def turn_back_with_lora(
         _turn_back_lora, (H, splits), dy_THE, out_TN, *table, b_NR, t_TR, ds_HTR, db_PNR,
         T, E // 2, R, *dy_THE.stride()[:2], out_TN.stride(0), b_NR.stride(0), t_TR.stride(0), rows,
         TURN=rotation is not None, UP=INTERPRETED, CHUNK=CHUNK, BLOCK_T=32,
-        BLOCK_E=max(16, next_power_of_2(E // 2)), **rank_block(R, 16), num_stages=2,
+        BLOCK_E=max(16, next_power_of_2(E // 2)), **_warps(R, turns=rotation is not None),
     )  # fmt: skip
     return HeadGradients(ds_HTR, db_PNR)
