@@ -76,7 +76,7 @@ class BatchApi:
             import openai
         except ImportError as error:
             raise ValueError(
-                "batches need the openai package; install it with pip install openai"
+                "batches need the openai package; install it with pip install 'bioinstruct[batch]'"
             ) from error
         self.openai, self.endpoint = openai, endpoint
         self.client = openai.OpenAI(

@@ -104,6 +104,7 @@ class Engine:
         self.turn, self.changed, self.halting = asyncio.Lock(), asyncio.Event(), asyncio.Event()
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=self.limits.timeout_s),
             headers=headers,
             trust_env=not self.endpoint.local,

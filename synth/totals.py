@@ -89,9 +89,7 @@ class Totals:
         """
         kind = row["type"]
         if kind == "intent":
-            self.attempts = max(self.attempts, row["attempt"])
-            self.open[row["attempt"]] = int(row["reserved"])
-            self.first_s = self.first_s or row["time"]
+            self.intend(row["attempt"], int(row["reserved"]), row["time"])
         elif kind == "answer":
             self._answer(row, answer)
         elif kind == "verdict":
@@ -100,6 +98,12 @@ class Totals:
             self._batch(kind, row)
         else:
             raise ValueError(f"unknown type {kind!r}")
+
+    def intend(self, attempt: int, reserved: int, time_s: float) -> None:
+        """Count an intent."""
+        self.attempts = max(self.attempts, attempt)
+        self.open[attempt] = reserved
+        self.first_s = self.first_s or time_s
 
     @property
     def under_way(self) -> list[Batch]:
