@@ -97,7 +97,9 @@ class Engine:
 
     async def __aenter__(self) -> "Engine":
         import aiohttp
+        from yarl import URL
 
+        self.url = URL(self.endpoint.url)
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
@@ -105,7 +107,7 @@ class Engine:
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=self.limits.timeout_s),
+            timeout=aiohttp.ClientTimeout(),  # ours costs a tenth
             headers=headers,
             trust_env=not self.endpoint.local,
         )
@@ -212,10 +214,11 @@ class Engine:
             attempt = journal.intent(key, worst)
             sent_s = time.monotonic()
             try:
-                async with self.session.post(
-                    self.endpoint.url, data=request.body, allow_redirects=False
-                ) as response:
-                    raw, headers = await response.read(), response.headers
+                async with (
+                    asyncio.timeout(self.limits.timeout_s),
+                    self.session.post(self.url, data=request.body, allow_redirects=False) as got,
+                ):
+                    raw, headers = await got.read(), got.headers
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 charge = 0 if isinstance(error, aiohttp.ClientConnectorError) else worst
                 text = str(error) or type(error).__name__
@@ -224,7 +227,7 @@ class Engine:
                 self._unreachable(error, text)
                 return None, {"error": text}
             raw = self.endpoint.without_key(raw)
-            answer = endpoints.read_response(key, response.status, raw)
+            answer = endpoints.read_response(key, got.status, raw)
             charge = self._charge(answer, worst)
             took_s = time.monotonic() - sent_s
             journal.answer(attempt, answer, charged=charge, seconds=took_s)
