@@ -220,7 +220,7 @@ class Engine:
                 ):
                     raw, headers = await got.read(), got.headers
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                charge = 0 if isinstance(error, aiohttp.ClientConnectorError) else worst
+                charge = 0 if self._unsent(error) else worst
                 text = str(error) or type(error).__name__
                 took_s = time.monotonic() - sent_s
                 journal.failure(attempt, key, error=text, charged=charge, seconds=took_s)
@@ -272,11 +272,19 @@ class Engine:
         await _within(self.halting.wait(), most_s * random.uniform(0.5, 1.0))
         self._check()
 
+    def _unsent(self, error: Exception) -> bool:
+        """Whether a request failed before it could be sent."""
+        import aiohttp
+
+        return isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError)
+
     def _unreachable(self, error: Exception, text: str) -> None:
         import aiohttp
 
-        if isinstance(error, aiohttp.ClientConnectorError) and not self.answered:
-            self.halt(ValueError(f"cannot reach {self.endpoint.base_url}: {text}"))
+        if self._unsent(error) and not self.answered:
+            private = isinstance(error, aiohttp.ClientConnectorCertificateError)
+            how = "; SSL_CERT_FILE names the file of a private authority" if private else ""
+            self.halt(ValueError(f"cannot reach {self.endpoint.base_url}: {text}{how}"))
 
     def _check(self) -> None:
         if self.halted:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import random
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -126,8 +127,8 @@ class Server:
         """How often the work for each body was billed."""
         return Counter(s.body_hash for s in self.seen if s.completion_tokens)
 
-    async def start(self, port: int = 0) -> asyncio.Server:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=2**22)
+    async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=2**22, ssl=tls)
         self.port = server.sockets[0].getsockname()[1]
         return server
 
@@ -375,13 +376,15 @@ def _words(chance: random.Random, count: int) -> str:
 
 
 @contextlib.contextmanager
-def running(behaviour: Behaviour | None = None) -> Iterator[Server]:
+def running(
+    behaviour: Behaviour | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[Server]:
     """Serve from a thread until the block ends."""
     server, ready, loop = Server(behaviour), threading.Event(), asyncio.new_event_loop()
     listening: list[asyncio.Server] = []
 
     async def start() -> None:
-        listening.append(await server.start())
+        listening.append(await server.start(tls=tls))
         ready.set()
 
     def serve() -> None:
