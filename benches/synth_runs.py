@@ -1,10 +1,10 @@
 """Whole runs of `generate` against the local server: the estimate, the funnel, the rate kept.
 
-For answers of one length and of twice that: what the configuration alone says a run will cost, what
-is said after 20 answers, and the final bill, which is compared with the server's own books. Then a
-run under a limit of requests a minute, of which the server refuses what is over; a budget of $1.00
-at three concurrencies, with faults of every kind, invoked again and again; and the same records in
-batches of which a part fails or expires.
+For answers of one length, of twice that, and as long as the seeds: what the configuration alone
+says a run will cost, what is said after 20 answers, and the final bill, which is compared with the
+server's own books. Then a run under a limit of requests a minute, of which the server refuses what
+is over; a budget of $1.00 at three concurrencies, with faults of every kind, invoked again and
+again; and the same records in batches of which a part fails or expires.
 
     python benches/synth_runs.py --records 2000
 """
@@ -31,6 +31,7 @@ from bioinstruct.synth.totals import read_totals
 
 SERVER = Path(__file__).parents[1] / "tests" / "synth" / "server.py"
 PRICES = (2.5, 10.0)
+SEEDS_WORDS = 60  # of input and of output, with which the server's tasks are as long as the seeds
 
 
 def server_module() -> ModuleType:
@@ -172,7 +173,7 @@ def main() -> None:
     given = parser.parse_args()
     module = server_module()
     told = {
-        "runs": [whole_run(module, words, given.records) for words in (12, 24)],
+        "runs": [whole_run(module, words, given.records) for words in (12, 24, SEEDS_WORDS)],
         "limited": [
             limited_run(module, given.limited_records, given.rpm, by_header)
             for by_header in (False, True)

@@ -118,7 +118,7 @@ class BatchApi:
                 raise Unclear(self._said(error)) from error
             raise self._refused(error) from error
         except self.openai.APIConnectionError as error:
-            raise Unclear(str(error)) from error
+            raise Unclear(str(error.__cause__ or error)) from error
         return _remote(made)
 
     def of_run(self, run: str) -> dict[int, Remote]:
@@ -156,7 +156,8 @@ class BatchApi:
             except self.openai.APIConnectionError as error:
                 if attempt == TRIES:
                     raise ValueError(
-                        f"cannot reach {self.endpoint.base_url}: {error}; the same command goes on"
+                        f"cannot reach {self.endpoint.base_url}: {error.__cause__ or error}; the "
+                        "same command goes on"
                     ) from error
                 told_s = None
             time.sleep(BACKOFF_S * 2 ** (attempt - 1) if told_s is None else told_s)

@@ -99,7 +99,7 @@ class Engine:
         import aiohttp
         from yarl import URL
 
-        self.url = URL(self.endpoint.url)
+        self.url, self.proxy = URL(self.endpoint.url), self.endpoint.proxy()
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
@@ -109,7 +109,6 @@ class Engine:
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(),  # ours costs a tenth
             headers=headers,
-            trust_env=not self.endpoint.local,
         )
         return self
 
@@ -216,7 +215,9 @@ class Engine:
             try:
                 async with (
                     asyncio.timeout(self.limits.timeout_s),
-                    self.session.post(self.url, data=request.body, allow_redirects=False) as got,
+                    self.session.post(
+                        self.url, data=request.body, proxy=self.proxy, allow_redirects=False
+                    ) as got,
                 ):
                     raw, headers = await got.read(), got.headers
             except (aiohttp.ClientError, TimeoutError, OSError) as error:

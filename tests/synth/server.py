@@ -65,6 +65,8 @@ class Behaviour:
     """Share of a batch's answers that are billed and stand in no file."""
     batch_cuts: int = 0
     """How many creations of batches are carried out and then answered by a cut connection."""
+    batch_answer_s: float = 0.0
+    """How long the answer to a creation takes, after it was carried out."""
     batch_problem: dict[str, Any] | None = None
     """The error with which batches fail to validate."""
     key: str | None = None
@@ -161,6 +163,8 @@ class Server:
         if not line.startswith("POST /v1/chat/completions "):
             if status == 200:
                 status, value = self._batch_call(line.split(" ")[1], headers, raw)
+            if "/batches" in line and raw:
+                await asyncio.sleep(doing.batch_answer_s)
             if value is None:
                 raise ConnectionError
             sent = value if isinstance(value, bytes) else json.dumps(value).encode()

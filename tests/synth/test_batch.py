@@ -64,6 +64,13 @@ def billed(server: Any) -> float:
     return server.bill(PRICE_IN, PRICE_OUT)
 
 
+def command(given: dict[str, Any]) -> list[str]:
+    args = ["batch", "--out", given["out"], "--n", given["n"], "--model", "local"]
+    args += ["--base-url", given["base_url"], "--seeds", given["seeds"], "--price-in", PRICE_IN]
+    args += ["--price-out", PRICE_OUT, "--batch-factor", 0.5, "--budget", "none", "--poll", 0.05]
+    return [sys.executable, "-m", "bioinstruct.synth.cli", *map(str, args)]
+
+
 def check_books(server: Any, out: Path, result: Result) -> None:
     """Every key was bought once, everything received is there, and the bill is what was charged."""
     totals = read_totals(out / "journal.jsonl")
@@ -106,23 +113,20 @@ def test_a_creation_that_was_never_answered_is_found(
 
 
 def test_a_batch_is_found_after_a_kill_at_its_creation(
-    make: Make, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, server: Any, given: dict[str, Any], tmp_path: Path, online: Callable[..., bytes]
 ) -> None:
-    from bioinstruct.synth.journal import Journal
-
-    def killed(*_: object) -> None:
-        raise InterruptedError("killed")
-
-    monkeypatch.setattr(Journal, "batch_created", killed)
-    with pytest.raises(InterruptedError):
-        make({"tail": 0})
-    monkeypatch.undo()
-    assert len(server.batches) == 1
+    server.behaviour.batch_answer_s = 60.0
+    with subprocess.Popen(command(given), stderr=subprocess.DEVNULL) as process:
+        while not server.batches:
+            time.sleep(0.01)
+        process.kill()
+    server.behaviour.batch_answer_s = 0.0
     totals = read_totals(tmp_path / "run" / "journal.jsonl")
     assert [(b.id, b.ended) for b in totals.under_way] == [("", False)]
     assert totals.spent / PICO >= billed(server)
     result = make({"tail": 0})
     check_books(server, tmp_path / "run", result)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == online()
 
 
 def test_a_batch_that_was_never_sent_costs_nothing(
@@ -254,15 +258,8 @@ def test_files_are_split_by_size(make: Make, server: Any, tmp_path: Path) -> Non
 def test_generate_leaves_batches_alone(
     make: Make, server: Any, given: dict[str, Any], tmp_path: Path
 ) -> None:
-    args = ["batch", "--out", given["out"], "--n", 200, "--model", "local", "--poll", 0.05]
-    args += ["--base-url", server.url, "--seeds", given["seeds"], "--price-in", PRICE_IN]
-    args += ["--price-out", PRICE_OUT, "--batch-factor", 0.5, "--budget", "none"]
     server.behaviour.batch_s = 60
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bioinstruct.synth.cli", *map(str, args)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = subprocess.Popen(command(given), stderr=subprocess.PIPE, text=True)
     while not server.batches:
         time.sleep(0.01)
     time.sleep(0.3)  # long enough for the batch to be recorded

@@ -106,10 +106,13 @@ def run(server: Any, out: Path, name: str = "generate", **environment: str) -> t
 def test_a_proxy_and_a_private_authority(
     server: Any, proxy: Proxy, tmp_path: Path, name: str
 ) -> None:
+    netrc = tmp_path / "netrc"  # its password is not for us
+    netrc.write_text(f"machine {HOST} login me password secret\n")
     code, said = run(
         server,
-        tmp_path,
+        tmp_path / "run",
         name,
+        NETRC=str(netrc),
         HTTPS_PROXY=f"http://127.0.0.1:{proxy.port}",
         SSL_CERT_FILE=str(TLS / "ca.pem"),
     )
