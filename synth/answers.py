@@ -10,11 +10,13 @@ import itertools
 import json
 import re
 from collections.abc import Collection
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from bioinstruct.synth.totals import Text
 
 FIELDS = ("instruction", "input", "output")
+_fields = itemgetter(*FIELDS)
 _DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in strings
 _MARK = r"[ \t]*(?:[#*]+[ \t]*)?"
 _ITEM = re.compile(rf"^{_MARK}\d+[.)]{_MARK}Instruction{_MARK}:{_MARK}", re.I | re.M)
@@ -107,7 +109,7 @@ def _skipped(content: str, at: int) -> int:
 
 def _from_value(value: Any) -> Candidate:
     try:
-        given, shown, done = value["instruction"], value["input"], value["output"]
+        given, shown, done = _fields(value)
         # of all that JSON holds only texts can be stripped
         made = Candidate(given.strip(), shown.strip(), done.strip(), "", value.get("category", ""))
     except (KeyError, TypeError, AttributeError):
