@@ -129,6 +129,18 @@ class BatchApi:
             for remote in (_remote(made) for made in found if (made.metadata or {}).get(RUN) == run)
         }
 
+    def one(self, name: str) -> Remote | None:
+        """Return a batch, or None where the endpoint has none of this name."""
+
+        def call() -> Any:
+            try:
+                return self.client.batches.retrieve(name)
+            except self.openai.NotFoundError:
+                return None
+
+        made = self._again(call)
+        return made and _remote(made)
+
     def lines(self, file: str) -> Iterator[Line]:
         """Yield the lines of a file of answers or errors; what is no such line is passed over."""
         with TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,25 @@ def test_hidden_answers_stay_charged(make: Make, server: Any, tmp_path: Path) ->
     result = make({"tail": 0})
     assert result.charged_usd > billed(server)
     assert len(result.records) == 200
+
+
+def test_a_batch_that_is_gone_stays_charged(make: Make, server: Any, tmp_path: Path) -> None:
+    server.behaviour.batch_s = 60.0
+
+    def lose() -> None:
+        while not server.batches or not read_totals(tmp_path / "run" / "journal.jsonl").batches:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        server.behaviour.batch_s = 0.0
+        server.batches.clear()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    result = make({"tail": 0})
+    thread.join()
+    assert len(result.records) == 200
+    assert result.charged_usd > billed(server)
+    assert not read_totals(tmp_path / "run" / "journal.jsonl").open
 
 
 def test_failed_validation_says_why(make: Make, server: Any, tmp_path: Path) -> None:
