@@ -94,7 +94,9 @@ def run(plan: Plan, batching: Batching) -> Result:
             work.carry_out()
         except KeyboardInterrupt:
             count = len(collector.journal.totals.under_way)
-            raise Stopped(how_to_go_on(f"stopped while {count} batches go on", collector)) from None
+            raise Stopped(
+                how_to_go_on(f"stopped, batches under way: {count},", collector)
+            ) from None
         finally:
             api.close()
         if collector.missing:

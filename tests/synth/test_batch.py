@@ -286,9 +286,9 @@ def test_generate_leaves_batches_alone(
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 3, err
-    assert "stopped while 1 batches go on with 0 of 200 records" in err
+    assert "stopped, batches under way: 1, with 0 of 200 records" in err
     assert "1 under way of 1" in status(given["out"])
-    with pytest.raises(ValueError, match="1 batches of .* are under way"):
+    with pytest.raises(ValueError, match=r"has batches under way \(1\), which hold"):
         generate(**given)
     with pytest.raises(ValueError, match="begun with seed"):
         make(seed=1)
