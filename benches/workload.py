@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bioinstruct.kernels.attention import choose_backend
+from bioinstruct.kernels.heap import keep_freed_memory
 from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Llama
@@ -188,6 +189,8 @@ def make_step(job: Job, dtype: str) -> Step:
         ValueError: a device or dtype that this machine does not have.
     """
     device = choose_device(job.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     model = make_model(job.config, device, choose_dtype(dtype, device))
     adapters = Adapters(job.config, LORA, device)
     adapters.initialise(0)

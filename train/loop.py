@@ -30,6 +30,7 @@ import torch
 from bioinstruct.eval.report import Row
 from bioinstruct.eval.runner import Job
 from bioinstruct.kernels.attention import self_test
+from bioinstruct.kernels.heap import keep_freed_memory
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.generate import generate
 from bioinstruct.model.llm import Llm, load
@@ -95,6 +96,8 @@ def prepare(run: Run) -> Prepared:
         attention=run.attention,
     )
     model = llm.model
+    if model.device.type == "cpu":
+        keep_freed_memory()
     error = self_test(model.attention_backend, model.device, model.dtype)
     name = llm.default_template() if run.data.template == "auto" else run.data.template
     note(
