@@ -16,7 +16,15 @@ import click
 
 from bioinstruct.synth import console
 
-SCRIPTS = "lora_kernel", "rmsnorm_kernel", "swiglu_kernel", "rope_kernel", "cross_entropy"
+SCRIPTS = (
+    "lora_kernel",
+    "layer",
+    "rmsnorm_kernel",
+    "swiglu_kernel",
+    "rope_kernel",
+    "cross_entropy",
+    "attention",
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from bioinstruct.benches import (
+    attention,
     cross_entropy,
     kernel_bench,
+    layer,
     lora_kernel,
     rmsnorm_kernel,
     rope_kernel,
@@ -26,7 +28,15 @@ from bioinstruct.kernels import dispatch, rmsnorm
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
 
 CPU = torch.device("cpu")
-MODULES = lora_kernel, rmsnorm_kernel, swiglu_kernel, rope_kernel, cross_entropy
+MODULES = (
+    lora_kernel,
+    layer,
+    rmsnorm_kernel,
+    swiglu_kernel,
+    rope_kernel,
+    cross_entropy,
+    attention,
+)
 BENCHES = [module.BENCH for module in MODULES]
 each_bench = pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.name)
 
@@ -50,7 +60,7 @@ def test_a_dry_run_predicts_and_measures_nothing(bench: Bench) -> None:
         for variant in row["predictions"].values():
             assert variant["predicted_seconds"] > 0
             ratio = variant["predicted_ratio_to_frozen"]
-            assert ratio is None or 1 < ratio < 3
+            assert ratio is None or 0.8 < ratio < 3
 
 
 TARGETS = {
@@ -66,7 +76,7 @@ def test_the_augmented_form_is_predicted_to_reach_its_target(linear: str, droppe
     (shape,) = (
         s
         for s in lora_kernel.BENCH.shapes
-        if (s["linear"], s["R"], s["p"] > 0) == (linear, 16, dropped)
+        if (s["linear"], s["T"], s["R"], s["p"] > 0) == (linear, 8192, 16, dropped)
     )
     found = predict(lora_kernel.BENCH, shape, 2)["predictions"]
     assert found["augmented"]["predicted_ratio_to_frozen"] <= TARGETS[linear][dropped]
