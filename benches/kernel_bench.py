@@ -262,6 +262,18 @@ def _captured(calls: Sequence[Call], device: torch.device) -> Call:
     return graph.replay
 
 
+def _is_known(bench: Bench, shape: Shape, out: Path) -> bool:
+    """Whether a file holds a measurement of this shape on this machine's kind of device."""
+    if not out.exists():
+        return False
+    for line in out.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        same = all(row.get(key) == value for key, value in shape.items())
+        if same and row.get("bench") == bench.name and "seconds" in row:
+            return True
+    return False
+
+
 def main(bench: Bench) -> None:
     """Run a bench's command line."""
 
@@ -280,6 +292,7 @@ def main(bench: Bench) -> None:
     )
     @click.option("--tiny", is_flag=True, help="Small shapes, to try the bench on a CPU.")
     @click.option("--dry-run", is_flag=True, help="Only bytes, FLOPs and predicted times.")
+    @click.option("--resume", is_flag=True, help="Leave out shapes that --out holds a time of.")
     @click.option(
         "--out", type=click.Path(path_type=Path, dir_okay=False), help="Append the lines."
     )
@@ -291,14 +304,20 @@ def main(bench: Bench) -> None:
         sustain: float | None,
         tiny: bool,
         dry_run: bool,
+        resume: bool,
         out: Path | None,
     ) -> None:
+        # in deterministic mode torch would fill every new tensor, and that would be timed
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
         shapes = [s for s in (bench.tiny if tiny else bench.shapes) if match in json.dumps(s)]
         if not shapes:
             raise ValueError(f"no shape of {bench.name} holds --match {match!r}")
         for shape in shapes:
             if dry_run:
                 report(predict(bench, shape, 2), out)
+                continue
+            if resume and out is not None and _is_known(bench, shape, out):
+                console.note(f"{bench.name} {json.dumps(shape)} stands in {out} already")
                 continue
             place = choose_device(device)
             for_s = sustain if sustain is not None else SUSTAIN_S * (place.type == "cuda")

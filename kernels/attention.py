@@ -9,7 +9,7 @@ Backends, chosen by `choose_backend` once and named in the log:
              a whole pack in one call on a GPU (attention_packed.py), tried in this order
 None of them repeats keys and values for grouped-query heads in memory, and none sees a token of
 another document, whatever stands beside it. On a GPU a backend is first held against the formula;
-on a CPU a short probe, measured in CPU time, decides between our blocks and torch's own.
+on a CPU a short probe, in the CPU time of one thread, decides between our blocks and torch's own.
 
 Shapes   T = packed tokens, L = one document, H = query heads, G = key and value heads, J = H / G,
          E = head width.
@@ -31,7 +31,7 @@ from bioinstruct.kernels.documents import Documents
 
 BACKENDS = "blocked", "sdpa", *attention_packed.CALLS
 PROBE_TOKENS = 256
-PROBE_MARGIN = 1.5
+PROBE_MARGIN = 2.0
 """torch's own is taken where ours needs this many times its CPU time. Far from 1, so that a busy
 machine does not tip the choice: two runs of one recipe must add the same numbers in one order."""
 
@@ -132,12 +132,16 @@ def _probed(dtype: torch.dtype) -> str:
     )
 
     def cpu_s(backend: str) -> float:
-        start_s = time.process_time()
-        attention(q, k, v, documents, backend).sum().backward()
-        return time.process_time() - start_s
+        start_s = time.thread_time()
+        torch.autograd.grad(attention(q, k, v, documents, backend).sum(), (q, k, v))
+        return time.thread_time() - start_s
 
+    threads = torch.get_num_threads()
+    # threads that wait for each other burn time that has nothing to do with the work
+    torch.set_num_threads(1)
     with torch.enable_grad():
-        rounds = [(cpu_s("blocked"), cpu_s("sdpa")) for _ in range(4)]
+        rounds = [(cpu_s("blocked"), cpu_s("sdpa")) for _ in range(6)]
+    torch.set_num_threads(threads)
     ours_s, torchs_s = (min(times) for times in zip(*rounds, strict=True))
     return "sdpa" if ours_s > PROBE_MARGIN * torchs_s else "blocked"
 
