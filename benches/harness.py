@@ -151,10 +151,11 @@ def gpu_state(device: torch.device) -> dict[str, str] | None:
     """
     if device.type != "cuda":
         return None
-    number = torch.cuda.current_device() if device.index is None else device.index
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run([*command, "-i", str(number)], capture_output=True, timeout=20)
+        done = subprocess.run(
+            [*command, "-i", str(device.index or 0)], capture_output=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     values = done.stdout.decode(errors="replace").strip().split(", ")

@@ -6,9 +6,10 @@
 The records are the demo's. No vocabulary comes with a random model, so their text is cut after
 every four characters, about what a LLaMA's tokens hold, and each piece is numbered by a hash:
 repetitions stay repetitions, and the loss can fall. Steps are planned, packed and collated as the
-trainer does it; one pack is one step. Beside tokens per second stand the share of the frozen products' time at
-the rate that this process sustains, MFU, and the peak of memory beside what a formula expected.
---profile adds where the time of two steps goes, by kind of kernel.
+trainer does it; one pack is one step. Beside tokens per second stand the time of the frozen
+products at the rate that this process sustains, as a share of the step's, MFU, and the peak of
+memory beside what a formula expected. --profile adds where the time of two steps goes, by kind of
+kernel.
 """
 
 import gzip

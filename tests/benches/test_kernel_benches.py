@@ -13,6 +13,7 @@ import torch
 
 from bioinstruct.benches import (
     attention,
+    campaign,
     cross_entropy,
     kernel_bench,
     layer,
@@ -89,13 +90,13 @@ def test_all_run_in_one_command(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(run_all.__file__)), "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {path.stem for path in tmp_path.iterdir()} == set(run_all.SCRIPTS)
+    assert {path.stem for path in tmp_path.iterdir()} == set(campaign.BENCHES)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == sum(len(bench.shapes) for bench in BENCHES)
 
 
 def test_the_benches_are_all_there() -> None:
-    assert list(run_all.SCRIPTS) == [module.__name__.split(".")[-1] for module in MODULES]
+    assert list(campaign.BENCHES.values()) == BENCHES
 
 
 @pytest.mark.parametrize(
