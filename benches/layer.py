@@ -16,6 +16,8 @@ Bytes beyond the products are those of lora_kernel.py for every group, and of th
 """
 
 import dataclasses
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +154,26 @@ class _Case:
         """The layer without adapters."""
         self.backward(self.block(self.x_TD, self.rotation, self.attend))
 
+    def augmented(self) -> Call | None:
+        """The layer over augmented buffers, where this model has them and the kernels run."""
+        if importlib.util.find_spec("bioinstruct.model.augmented_layers") is None:
+            return None
+        if not dispatch.uses_triton(self.x_TD, self.adapters.flat_P):
+            return None
+        # a model of its own: its weights move into the buffers
+        block: Any = make_model(self.config, self.model.device, self.model.dtype).blocks[0]
+        made = importlib.import_module("bioinstruct.model.augmented_layers")
+        (buffers,) = made.AugmentedLayers([block.matrices()], self.adapters).layers
+        if buffers is None:  # too many ranks
+            return None
+        given = self.rotation, self.attend, buffers, self.dropout
+
+        def call() -> None:
+            residual = importlib.import_module("bioinstruct.model.llama").Residual(self.x_TD)
+            self.backward(block.augmented(residual, *given).added())
+
+        return call
+
     def by(self, linear: Linear, branches: dict[str, list[Branch]]) -> Call:
         """The layer with another formula for its linears."""
         block, config, scale = self.block, self.config, self.adapters.settings.scale
@@ -229,6 +251,9 @@ def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str
         "split": (graph_split, own),
     }
     calls = {"ours": case.plain, "frozen": case.frozen, "gemms": case.gemms()}
+    augmented = case.augmented()
+    if augmented is not None:
+        calls["augmented"] = augmented
     return calls | {name: case.by(*formula) for name, formula in formulas.items()}
 
 

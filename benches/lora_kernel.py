@@ -121,8 +121,9 @@ def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
         "manual": 10 * each + 10 * wide,
     }
     works = {name: Work(count, floor + flops, floor) for name, count in moved.items()}
-    # t, ds with dB and dA read x, dy and x; the mask is computed in the products
-    works["split"] = Work(4 * each + 2 * wide, int((floor + flops) / TRITON_SHARE), floor)
+    # t, ds with dB and dA read x, dy and x; with dropout the masked x is written and read
+    passes = (8 if shape["p"] else 4) * each + 2 * wide
+    works["split"] = Work(passes, int((floor + flops) / TRITON_SHARE), floor)
     whole = floor + flops + off_diagonal
     return {"augmented": Work(kernel_bytes(shape, itemsize) + added, whole, floor), **works}
 
