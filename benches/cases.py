@@ -7,12 +7,16 @@ other may be computed apart, so the last rows of a large pack have an independen
 Shapes   T tokens, D width of a row, R rank, E head width, V vocabulary.
 """
 
+import dataclasses
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bioinstruct.benches.workload import SHAPES, make_model
 from bioinstruct.kernels import (
     Branch,
     Documents,
@@ -28,7 +32,9 @@ from bioinstruct.kernels import (
     swiglu,
 )
 from bioinstruct.kernels.attention import choose_backend
+from bioinstruct.kernels.dispatch import uses_triton
 from bioinstruct.kernels.gemm_lora import gemm_lora
+from bioinstruct.model.adapters import Adapters, LoraSettings
 
 TAIL = 64
 """Tokens of the last document of a pack, which are a pack of their own."""
@@ -138,6 +144,41 @@ def _lora_linear(place: Place, *, dropped: bool) -> Callable[..., Tensor]:
     def call(first: int, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         masks = place.masks(first, len(x)) if dropped else None
         return lora_linear(x, w_NK, [Branch(a, b, 0)], SCALE, masks, SITE)
+
+    return call
+
+
+def _augmented_layer(place: Place) -> Callable[..., Tensor] | None:
+    """A whole layer over augmented buffers, where there are any and the kernels run."""
+    if importlib.util.find_spec("bioinstruct.model.augmented_layers") is None:
+        return None
+    D, R, E, _ = place.sizes
+    heads = D // E
+    config = dataclasses.replace(
+        SHAPES["tiny"],
+        num_layers=1,
+        hidden_size=D,
+        intermediate_size=D // 2,
+        num_heads=heads,
+        num_kv_heads=heads // 2,
+        head_dim=E,
+        vocab_size=64,
+    )
+    model = make_model(config, place.device, place.dtype)
+    adapters = Adapters(config, LoraSettings(r=R, alpha=2.0 * R), place.device)
+    with torch.no_grad():
+        adapters.flat_P.copy_(0.1 * place.random(adapters.flat_P.numel(), dtype=torch.float32))
+    if not uses_triton(model.norm_D, adapters.flat_P):
+        return None
+    made: Any = importlib.import_module("bioinstruct.model.augmented_layers")
+    (layer,) = made.AugmentedLayers([*model.blocks], adapters).layers
+
+    def call(first: int, x: Tensor) -> Tensor:
+        T = len(x)
+        attend = model.packed_attention(documents_of(T, place.device))
+        given = place.rotation(first, T), attend, place.masks(first, T)
+        y: Tensor = layer(made.Residual(x), *given).added()
+        return y
 
     return call
 

@@ -112,7 +112,7 @@ def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
     }
 
 
-class _Case:
+class Case:
     """Everything that the variants of a shape share."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -161,16 +161,21 @@ class _Case:
         if not dispatch.uses_triton(self.x_TD, self.adapters.flat_P):
             return None
         # a model of its own: its weights move into the buffers
-        block: Any = make_model(self.config, self.model.device, self.model.dtype).blocks[0]
-        made = importlib.import_module("bioinstruct.model.augmented_layers")
-        (buffers,) = made.AugmentedLayers([block.matrices()], self.adapters).layers
-        if buffers is None:  # too many ranks
+        blocks = [*make_model(self.config, self.model.device, self.model.dtype).blocks]
+        made: Any = importlib.import_module("bioinstruct.model.augmented_layers")
+        (layer,) = made.AugmentedLayers(blocks, self.adapters).layers
+        if layer is None:  # too many ranks
             return None
-        given = self.rotation, self.attend, buffers, self.dropout
+        # in a model the next layer gives the gradient of the last product, with room behind it
+        room = layer.buffers["down"].room
+        dy_TD = self.dy_TD.new_empty(len(self.dy_TD), self.dy_TD.shape[1] + room)
+        dy_TD = dy_TD[:, :-room].copy_(self.dy_TD)
 
         def call() -> None:
-            residual = importlib.import_module("bioinstruct.model.llama").Residual(self.x_TD)
-            self.backward(block.augmented(residual, *given).added())
+            self.x_TD.grad = None
+            given = made.Residual(self.x_TD), self.rotation, self.attend, self.dropout
+            x_TD, delta_TD, _ = layer(*given)
+            torch.autograd.backward((x_TD, delta_TD), (self.dy_TD, dy_TD))
 
         return call
 
@@ -208,6 +213,23 @@ class _Case:
 
         return call
 
+    def variants(self) -> dict[str, Call]:
+        """Every variant by name."""
+        own = {group: list(self.adapters.branches(0, group)) for group in GROUPS}
+        dtype = self.model.dtype
+        narrow = {g: [_narrowed(branch, dtype) for branch in found] for g, found in own.items()}
+        formulas: dict[str, tuple[Any, dict[str, list[Branch]]]] = {
+            "eager": (lora_linear_reference, narrow),
+            "eager32": (eager_in_float32, own),
+            "manual": (manual, own),
+            "split": (graph_split, own),
+        }
+        calls = {"ours": self.plain, "frozen": self.frozen, "gemms": self.gemms()}
+        augmented = self.augmented()
+        if augmented is not None:
+            calls["augmented"] = augmented
+        return calls | {name: self.by(*formula) for name, formula in formulas.items()}
+
 
 def check_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
     """Gradients of a model of two narrow layers with these head groups, against float64."""
@@ -241,20 +263,7 @@ def _narrowed(branch: Branch, dtype: torch.dtype) -> Branch:
 
 def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
     """Those of the module's docstring."""
-    case = _Case(shape, dtype, device)
-    own = {group: list(case.adapters.branches(0, group)) for group in GROUPS}
-    narrow = {g: [_narrowed(branch, dtype) for branch in found] for g, found in own.items()}
-    formulas: dict[str, tuple[Any, dict[str, list[Branch]]]] = {
-        "eager": (lora_linear_reference, narrow),
-        "eager32": (eager_in_float32, own),
-        "manual": (manual, own),
-        "split": (graph_split, own),
-    }
-    calls = {"ours": case.plain, "frozen": case.frozen, "gemms": case.gemms()}
-    augmented = case.augmented()
-    if augmented is not None:
-        calls["augmented"] = augmented
-    return calls | {name: case.by(*formula) for name, formula in formulas.items()}
+    return Case(shape, dtype, device).variants()
 
 
 BENCH = Bench(

@@ -99,6 +99,32 @@ def test_the_benches_are_all_there() -> None:
     assert list(campaign.BENCHES.values()) == BENCHES
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+@pytest.mark.parametrize("choice", ["reference", "triton"])
+@pytest.mark.parametrize("shape", layer.BENCH.tiny, ids=lambda shape: f"p={shape['p']}")
+def test_the_variants_of_a_layer_have_one_gradient(shape: Any, choice: str) -> None:
+    if choice == "triton" and not dispatch.INTERPRETED:
+        pytest.skip("runs in Triton's interpreter")
+    with dispatch.forced(choice):
+        case = layer.Case(shape, torch.float32, CPU)
+        calls = case.variants()
+        found = {}
+        for name, call in calls.items():
+            case.adapters.grad_P.zero_()
+            case.x_TD.grad = None
+            call()
+            found[name] = case.x_TD.grad, case.adapters.grad_P.clone()
+    dx, gradient = found["ours"]
+    assert dx is not None and gradient.abs().max() > 0
+    # its adapters are copies, with gradients of their own
+    assert not found["eager"][1].any()
+    for name in found.keys() - {"ours", "frozen", "gemms"}:
+        torch.testing.assert_close(found[name][0], dx, rtol=1e-3, atol=1e-5 * float(dx.abs().max()))
+    for name in found.keys() - {"ours", "frozen", "gemms", "eager"}:
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name][1], gradient, rtol=1e-3, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize(
     "fault",
     [
