@@ -120,6 +120,9 @@ def cases(place: Place) -> Iterator[Case]:
     yield Case("lora_linear, dropout", ((D,),), ((R, D), (D, R)), _lora_linear(place, dropped=True))
     yield Case("gemm_lora", ((D,), (R,)), (), _gemm_lora(place))
     yield Case("dropout", ((D,),), (), lambda i, x: x * place.masks(i, len(x)).mask(5, D, x.dtype))
+    layer = _augmented_layer(place)
+    if layer is not None:
+        yield Case("augmented layer", ((D,),), (), layer)
     yield Case("linear_cross_entropy", ((D,),), (), _loss(place))
     yield Case(
         "attention", ((D // E, E), (D // E // 2, E), (D // E // 2, E)), (), _attention(place)

@@ -222,6 +222,8 @@ def test_faults_are_seen() -> None:
     assert not check.repeat(drifting, PLACE, 70)["right"]
     wrapping = Case("wrapping", ((4,),), (), lambda i, x: torch.cat((x[:1], x[:-1])) * 2)
     assert not check.offsets(wrapping, PLACE, 400)["right"]
+    idle = Case("idle", ((4,),), (), lambda _, x: x * 0)
+    assert not check.offsets(idle, PLACE, 400)["right"]
     lost = Case("lost", ((4,),), (), lambda _, x: x * torch.nan)
     assert not check.repeat(lost, PLACE, 70)["right"]
     assert not check.offsets(lost, PLACE, 400)["right"]
