@@ -46,6 +46,7 @@ from bioinstruct.kernels import (  # noqa: E402
 from bioinstruct.kernels.adamw import adamw_, clip_factor_tensor, norm_tensor  # noqa: E402
 from bioinstruct.kernels.augmented import Augmented, Use  # noqa: E402
 from bioinstruct.kernels.dispatch import HAS_TRITON, Launch, recorded  # noqa: E402
+from bioinstruct.kernels.gemm_lora import gemm_lora  # noqa: E402
 from bioinstruct.kernels.lora import group_of  # noqa: E402
 from bioinstruct.kernels.mirror import Mirror, Place  # noqa: E402
 from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_mlp  # noqa: E402
@@ -147,6 +148,15 @@ def _run_rest() -> None:
     Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)]).refresh(p)
 
 
+def _run_gemm_lora(R: int, p: float) -> None:
+    """Both directions at the tiles for unknown GPUs."""
+    x, w, t, b = (torch.zeros(s).bfloat16() for s in ((96, 4096), (4096, 4096), (96, R), (4096, R)))
+    zeros = torch.zeros(96, dtype=torch.int64)
+    dropout = Dropout(p, 2**32 - 1, zeros, zeros) if p else None
+    gemm_lora(x, w, t, b)
+    gemm_lora(x, w.T, t, b.T.contiguous().T, dropout)
+
+
 def launches() -> list[Launch]:
     """The kernels of a training step, each once for every set of constants."""
     with recorded() as calls:
@@ -154,6 +164,8 @@ def launches() -> list[Launch]:
             _run_width(shape)
         for R, p in itertools.product(RANKS, (0.0, 0.1)):
             _run_lora(R, p)
+            if R in (16, 64):
+                _run_gemm_lora(R, p)
             for shape in SHAPES:
                 _run_halves(shape, R, p)
         _run_rest()
