@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bioinstruct.kernels.dispatch import INTERPRETED, cdiv, dot, jit, launch, next_power_of_2, tl
 from bioinstruct.kernels.dropout import keep_lanes
+from bioinstruct.kernels.rmsnorm import residual
 from bioinstruct.kernels.rows import with_dense_rows, with_room
 from bioinstruct.kernels.skinny import (
     Mask,
@@ -35,16 +36,6 @@ from bioinstruct.kernels.skinny import (
 )
 
 # ---- kernels -----------------------------------------------------------------------------------
-
-
-@jit
-def _sum(x_ptr, delta_ptr, place, mask, ADD: tl.constexpr):
-    """x, or x + delta, rounded to x's dtype."""
-    x = tl.load(x_ptr + place, mask=mask, other=0.0)
-    if ADD:
-        delta = tl.load(delta_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        x = (x.to(tl.float32) + delta).to(x_ptr.dtype.element_ty)
-    return x
 
 
 @jit(do_not_specialize=["seed", "site", "q"])
@@ -60,7 +51,7 @@ def _norm_t(
     squares = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        h = _sum(x_ptr, delta_ptr, t * D + d[None, :], (t < T) & (d[None, :] < D), ADD)
+        h = residual(x_ptr, delta_ptr, t * D + d[None, :], (t < T) & (d[None, :] < D), ADD)
         squares += h.to(tl.float32) * h.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(squares, axis=1)[:, None] / D + eps)
     tl.store(r_ptr + t, r, mask=t < T)
@@ -69,7 +60,7 @@ def _norm_t(
         d = start + tl.arange(0, BLOCK_D)
         mask = (t < T) & (d[None, :] < D)
         # summed once more rather than read back: other threads may have written it
-        h = _sum(x_ptr, delta_ptr, t * D + d[None, :], mask, ADD)
+        h = residual(x_ptr, delta_ptr, t * D + d[None, :], mask, ADD)
         if ADD:
             tl.store(h_ptr + t * D + d[None, :], h, mask=mask)
         w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]

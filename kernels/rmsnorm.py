@@ -36,7 +36,7 @@ def rmsnorm_reference(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 @jit
-def _residual(x_ptr, delta_ptr, d, mask, ADD: tl.constexpr):
+def residual(x_ptr, delta_ptr, d, mask, ADD: tl.constexpr):
     """x, or x + delta, rounded to x's dtype."""
     x = tl.load(x_ptr + d, mask=mask, other=0.0)
     if ADD:
@@ -65,18 +65,18 @@ def _rmsnorm_fwd(
     y_ptr += t * y_stride
     d = tl.arange(0, BLOCK)
     if ONE_PASS:
-        h = _residual(x_ptr, delta_ptr, d, d < D, ADD)
+        h = residual(x_ptr, delta_ptr, d, d < D, ADD)
         squares = h.to(tl.float32) * h.to(tl.float32)
         r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps)
         _put_normed(h, r, w_ptr, h_ptr, y_ptr, d, d < D, ADD)
     else:
         squares = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, D, BLOCK):
-            h = _residual(x_ptr, delta_ptr, start + d, start + d < D, ADD).to(tl.float32)
+            h = residual(x_ptr, delta_ptr, start + d, start + d < D, ADD).to(tl.float32)
             squares += h * h
         r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps)
         for start in range(0, D, BLOCK):
-            h = _residual(x_ptr, delta_ptr, start + d, start + d < D, ADD)
+            h = residual(x_ptr, delta_ptr, start + d, start + d < D, ADD)
             _put_normed(h, r, w_ptr, h_ptr, y_ptr, start + d, start + d < D, ADD)
     tl.store(r_ptr + t, r)
 

@@ -66,9 +66,9 @@ def _turn_back_lora(
 
 def _warps(R: int, *, turns: bool) -> dict[str, int]:
     """The rank's tile, warps and stages; what spills nowhere was found by trying."""
-    if R <= 16 and not turns:
-        return {**rank_block(R), "num_stages": 1}
-    return {**rank_block(R, 16), "num_stages": 2}
+    if R > 16:
+        return {**rank_block(R), "num_stages": 2}
+    return {**rank_block(R, 16 if turns else 64), "num_stages": 2 if turns else 1}
 
 
 class HeadGradients(NamedTuple):
