@@ -24,7 +24,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 
 from bioinstruct.eval.report import Row
@@ -39,12 +38,13 @@ from bioinstruct.synth.files import write_text
 from bioinstruct.train.batch import collate
 from bioinstruct.train.demo import resolve
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
+from bioinstruct.train.mixture import files_of, load_mixture
 from bioinstruct.train.planner import Planner, StepPlan, learning_rate
 from bioinstruct.train.provenance import commit, device_name, package_version
 from bioinstruct.train.run import Run, to_toml
 from bioinstruct.train.scores import prepare_jobs, score_tasks, write_report
 from bioinstruct.train.step import Optimizer, summed_loss, train_step
-from bioinstruct.train.tokens import Limits, TokenSet, load_tokens
+from bioinstruct.train.tokens import Limits, TokenSet
 
 SAMPLE_TOKENS = 64
 _PACKAGES = ("bioinstruct", "torch", "numpy", "safetensors", "sentencepiece", "tiktoken")
@@ -82,9 +82,7 @@ def prepare(run: Run) -> Prepared:
     """
     if not run.model.path:
         raise ValueError("model.path is not set; give --set model.path=FOLDER")
-    if not run.data.path:
-        raise ValueError("data.path is not set; give --set data.path=FILE")
-    files = [_existing(name, "data.path") for name in run.data.path]
+    files_of(run.data)
     jobs = prepare_jobs(run)
     note(f"loading {run.model.path}")
     llm = load(
@@ -104,10 +102,7 @@ def prepare(run: Run) -> Prepared:
     template = get_template(name, llm.tokenizer)
     limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
     limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
-    tokens, validation = _split(run, load_tokens(files, template, llm.tokenizer, limits))
-    if isinstance(run.data.validation, str):
-        held = _existing(run.data.validation, "data.validation")
-        validation = load_tokens([held], template, llm.tokenizer, limits)
+    tokens, validation = load_mixture(run, template, llm.tokenizer, limits)
     planner = Planner(
         tokens.lengths,
         tokens.supervised,
@@ -123,34 +118,10 @@ def prepare(run: Run) -> Prepared:
     return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs)
 
 
-def _existing(name: str, key: str) -> Path:
-    path = resolve(name)
-    if not path.is_file():
-        raise ValueError(f"{key}: there is no file {name}")
-    return path
-
-
 def _batch_samples(run: Run) -> int | None:
     if run.train.batch_tokens is not None:
         return None
     return run.train.batch_samples or 32
-
-
-def _split(run: Run, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None]:
-    """Hold out a seeded share of the samples."""
-    share = run.data.validation
-    if isinstance(share, str) or share == 0:
-        return tokens, None
-    records = list(dict.fromkeys(tokens.places))  # the answers of a conversation stay together
-    held = max(1, round(share * len(records)))
-    if held >= len(records):
-        raise ValueError(
-            f"data.validation = {share} of {len(records)} records leaves none to train on"
-        )
-    order = np.random.Philox(key=[run.train.seed, 1 << 40]).random_raw(len(records)).argsort()
-    chosen = {records[i] for i in order[:held]}
-    left = [i for i, place in enumerate(tokens.places) if place not in chosen]
-    return tokens.subset(left), tokens.subset(sorted(set(range(len(tokens))) - set(left)))
 
 
 def dry_run(run: Run) -> None:
