@@ -53,9 +53,19 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
         _fail(f"internal error ({name}): {_sentence(error)}; --debug shows where", 1)
 
 
+class _Voice:
+    muted = False
+
+
+def mute() -> None:
+    """Print nothing from now on: of several processes that do one thing together, one speaks."""
+    _Voice.muted = True
+
+
 def note(text: str) -> None:
     """Print one line for the user to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not _Voice.muted:
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -78,6 +88,8 @@ class Progress:
         if done < self.total and now_s - self.printed_s < wait_s:
             return
         self.printed_s = now_s
+        if _Voice.muted:
+            return
         elapsed_s = now_s - self.start_s
         left_s = elapsed_s / done * (self.total - done) if done else None
         text = f"{self.label} {done}/{self.total} {_clock(elapsed_s)} gone, {_clock(left_s)} left"

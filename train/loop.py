@@ -1,165 +1,52 @@
-"""The training run, from settings to files; every stage is a function.
+"""The training run, from settings to files: prepare, score, step, validate, save, score again.
 
-    prepare   load model and tokenizer, encode the records, plan the steps; changes nothing on disk
-              but the token cache
-    dry_run   print what would be done
-    train     prepare, score, step, validate, save, score again
+    prepare.py      loads and checks everything
+    step.py         one optimizer step
+    evaluation.py   validation loss and sample answers
+    scores.py       task scores before and after
 
 Ctrl-C and SIGTERM are taken at the next step boundary: the adapter so far is written and the run
 ends with exit code 3.
+
+Under torchrun every rank runs this module alike and steps through its own packs; files are written,
+answers generated and scored, by the first rank alone.
 """
 
-import dataclasses
 import json
 import math
 import os
-import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from bioinstruct.eval.report import Row
-from bioinstruct.eval.runner import Job
-from bioinstruct.kernels.attention import self_test
-from bioinstruct.model.adapters import Adapters
-from bioinstruct.model.generate import generate
-from bioinstruct.model.llm import Llm, load
-from bioinstruct.model.templates import Template, decode_answer, get_template
+from bioinstruct.model.llm import Llm
 from bioinstruct.synth.console import Progress, Stopped, note
 from bioinstruct.synth.files import write_text
-from bioinstruct.train.batch import collate
-from bioinstruct.train.demo import resolve
+from bioinstruct.train.dry_run import summary
+from bioinstruct.train.evaluation import validate
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
-from bioinstruct.train.mixture import files_of, load_mixture
-from bioinstruct.train.planner import Planner, StepPlan, learning_rate
-from bioinstruct.train.provenance import commit, device_name, package_version
+from bioinstruct.train.planner import StepPlan, learning_rate
+from bioinstruct.train.prepare import Prepared, made, own_batches, prepare
+from bioinstruct.train.ranks import ALONE, Ranks
 from bioinstruct.train.run import Run, to_toml
-from bioinstruct.train.scores import prepare_jobs, score_tasks, write_report
-from bioinstruct.train.step import Optimizer, summed_loss, train_step
-from bioinstruct.train.tokens import Limits, TokenSet
-
-SAMPLE_TOKENS = 64
-_PACKAGES = ("bioinstruct", "torch", "numpy", "safetensors", "sentencepiece", "tiktoken")
+from bioinstruct.train.scores import score_tasks, write_report
+from bioinstruct.train.step import Optimizer, train_step
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that has been checked and is ready to step."""
-
-    run: Run
-    llm: Llm
-    """Model and tokenizer; its adapters are the ones that train."""
-    template: Template
-    tokens: TokenSet
-    validation: TokenSet | None
-    planner: Planner
-    num_steps: int
-    jobs: list[Job]
-    """Tasks to score before and after training."""
-
-    @property
-    def adapters(self) -> Adapters:
-        """What trains."""
-        assert self.llm.adapters is not None
-        return self.llm.adapters
-
-
-def prepare(run: Run) -> Prepared:
-    """Load, check and plan everything that a run needs.
-
-    Raises:
-        ValueError: missing settings, files that are missing, damaged or do not fit each other,
-            records that the settings refuse.
-        OSError: a file cannot be read.
-    """
-    if not run.model.path:
-        raise ValueError("model.path is not set; give --set model.path=FOLDER")
-    files_of(run.data)
-    jobs = prepare_jobs(run)
-    note(f"loading {run.model.path}")
-    llm = load(
-        resolve(run.model.path),
-        dtype=run.model.dtype,
-        device=run.device,
-        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
-        attention=run.attention,
-    )
-    model = llm.model
-    error = self_test(model.attention_backend, model.device, model.dtype)
-    name = llm.default_template() if run.data.template == "auto" else run.data.template
-    note(
-        f"{llm.config.parameter_count():,} parameters, {_plain(model.dtype)} on {model.device}, "
-        f"attention {model.attention_backend} (self-test error {error:.0e}), template {name}"
-    )
-    template = get_template(name, llm.tokenizer)
-    limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
-    limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
-    tokens, validation = load_mixture(run, template, llm.tokenizer, limits)
-    planner = Planner(
-        tokens.lengths,
-        tokens.supervised,
-        max_tokens=run.data.max_tokens_per_pack,
-        batch_samples=_batch_samples(run),
-        batch_tokens=run.train.batch_tokens,
-        seed=run.train.seed,
-        shuffle=run.data.shuffle,
-    )
-    num_steps = run.train.steps or planner.num_steps(run.train.epochs)
-    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
-    run = dataclasses.replace(run, lora=llm.adapters.settings)
-    return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs)
-
-
-def _batch_samples(run: Run) -> int | None:
-    if run.train.batch_tokens is not None:
-        return None
-    return run.train.batch_samples or 32
-
-
-def dry_run(run: Run) -> None:
-    """Check a run and print what it would do; only the token cache is written."""
-    prepared = prepare(run)
-    tokens, planner = prepared.tokens, prepared.planner
-    first = planner.plan(0)
-    print(_summary(prepared))
-    fill = first.tokens / (len(first.packs) * planner.max_tokens)
-    print(f"step 1: {len(first.packs)} packs, {first.tokens} tokens, {fill:.1%} of the packs' room")
-    ids, prompt = tokens.sample(0)
-    decode = prepared.llm.tokenizer.decode
-    print(f"first sample, {tokens.places[0]}; supervised part between the lines:")
-    print(
-        f"{decode(ids[:prompt].tolist())}\n{'-' * 40}\n{decode(ids[prompt:].tolist())}\n{'-' * 40}"
-    )
-    print(f"its last supervised token is {int(ids[-1])}, {prepared.template.stop!r}")
-
-
-def _summary(prepared: Prepared) -> str:
-    tokens, run = prepared.tokens, prepared.run
-    held = len(prepared.validation) if prepared.validation else 0
-    supervised = tokens.supervised.sum() / tokens.lengths.sum()
-    return (
-        f"{len(tokens)} samples, {tokens.lengths.sum():,} tokens, {supervised:.1%} supervised, "
-        f"{held} held out; {prepared.num_steps} steps; LoRA r={run.lora.r} "
-        f"alpha={run.lora.alpha:g} on {', '.join(run.lora.targets)}: "
-        f"{prepared.adapters.flat_P.numel():,} trained parameters"
-    )
-
-
-def train(run: Run, recipe_name: str, command: str) -> Path:
+def train(run: Run, recipe_name: str, command: str, ranks: Ranks = ALONE) -> Path:
     """Run it all.
 
     Args:
         run: the settings.
         recipe_name: names the default output folder.
         command: what the user typed, noted in run.toml.
+        ranks: who trains; all of them call this.
 
     Returns:
         The output folder.
@@ -170,29 +57,39 @@ def train(run: Run, recipe_name: str, command: str) -> Path:
         Stopped: the run was interrupted; the adapter so far is saved.
     """
     start_s = time.monotonic()
-    out = _output_folder(run, recipe_name)
-    prepared = prepare(run)
+    out = ranks.from_first(lambda: _output_folder(run, recipe_name))
+    prepared = prepare(run, ranks)
     run = prepared.run  # with the shape of an adapter that is continued
-    note(_summary(prepared))
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "run.toml", to_toml(run, _made(prepared, command)))
+    note(summary(prepared))
+    ranks.from_first(lambda: _begin(prepared, out, command))
     note(f"writing to {out}")
-    llm, jobs, template = prepared.llm, prepared.jobs, prepared.template.name
+    llm, jobs = prepared.llm, prepared.jobs
     rows: dict[str, Row] = {}
     if jobs and run.eval.before:
         plain = Llm(llm.path, llm.model, llm.tokenizer)
-        rows["before"] = score_tasks(plain, jobs, template, out, "before")
-    log = MetricsLog(out / "metrics.jsonl")
+        ranks.from_first(lambda: _score(rows, plain, prepared, out, "before"))
+    log = MetricsLog(out / "metrics.jsonl" if ranks.is_first else Path(os.devnull))
     try:
         _steps(prepared, out, log)
     finally:
         log.close()
-        _draw(out)
+        if ranks.is_first:
+            _draw(out)
     if jobs:
-        rows["after"] = score_tasks(llm, jobs, template, out, "after")
-        print(write_report(out, run, rows, jobs, time.monotonic() - start_s))
+        ranks.from_first(lambda: _score(rows, llm, prepared, out, "after"))
+        if ranks.is_first:
+            print(write_report(out, run, rows, jobs, time.monotonic() - start_s))
     note(f"the adapter is in {out / 'adapter'}")
     return out
+
+
+def _score(rows: dict[str, Row], llm: Llm, prepared: Prepared, out: Path, stage: str) -> None:
+    rows[stage] = score_tasks(llm, prepared.jobs, prepared.template.name, out, stage)
+
+
+def _begin(prepared: Prepared, out: Path, command: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "run.toml", to_toml(prepared.run, made(prepared, command)))
 
 
 def _output_folder(run: Run, recipe_name: str) -> Path:
@@ -218,7 +115,7 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
     with _stop_requests() as asked:
         for step in range(num_steps):
             try:
-                row = _step(prepared, optimizer, step)
+                row, stop = _step(prepared, optimizer, step, asked)
             except ValueError:
                 _save(prepared, out)
                 raise
@@ -226,14 +123,14 @@ def _steps(prepared: Prepared, out: Path, log: MetricsLog) -> None:
             progress.update(step + 1, f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
             last = step + 1 == num_steps
             with optimizer.averaged():
-                if not last and asked:
+                if not last and stop:
                     _save(prepared, out)
                     raise Stopped(
                         f"stopped after step {step + 1} of {num_steps}; the adapter so far is in "
                         f"{out / 'adapter'}"
                     )
                 if last or _due(step, settings.eval_every):
-                    _validate(prepared, step, out, log)
+                    validate(prepared, step, out, log)
                 if last or _due(step, settings.save_every):
                     _save(prepared, out)
     if optimizer.average_P is not None:
@@ -263,9 +160,11 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]:
-    """Take one step and return its row of metrics.jsonl."""
-    settings, model = prepared.run.train, prepared.llm.model
+def _step(
+    prepared: Prepared, optimizer: Optimizer, step: int, asked: Sequence[int]
+) -> tuple[dict[str, Any], bool]:
+    """Take one step; return its row of metrics.jsonl, and whether a rank was asked to stop."""
+    settings, model, ranks = prepared.run.train, prepared.llm.model, prepared.ranks
     start_s = time.perf_counter()
     plan = prepared.planner.plan(step)
     lr = learning_rate(
@@ -276,8 +175,11 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
         warmup_steps=settings.warmup_steps,
         decay_share=settings.decay_share,
     )
-    batches = (collate(prepared.tokens, pack, plan.draws, model.device) for pack in plan.packs)
-    result = train_step(model, optimizer, batches, plan.supervised_tokens, lr, settings.seed)
+    batches = own_batches(prepared, prepared.tokens, plan)
+    supervised = plan.supervised_tokens
+    result = train_step(
+        model, optimizer, batches, supervised, lr, settings.seed, ranks, lambda: [len(asked)]
+    )
     seconds = time.perf_counter() - start_s
     if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise ValueError(_not_finite(prepared, plan, step))
@@ -285,7 +187,7 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
     flops = step_flops(
         model.config, prepared.adapters.flat_P.numel(), lengths, plan.supervised_tokens
     )
-    return {
+    row = {
         "step": step + 1,
         "epoch": plan.epoch,
         "loss": result.loss,
@@ -294,9 +196,10 @@ def _step(prepared: Prepared, optimizer: Optimizer, step: int) -> dict[str, Any]
         "tokens": plan.tokens,
         "supervised_tokens": plan.supervised_tokens,
         "tokens_per_s": plan.tokens / seconds,
-        "mfu": mfu(flops, seconds, model.device),
+        "mfu": mfu(flops / ranks.size, seconds, model.device),
         "peak_memory_bytes": peak_memory_bytes(model.device),
     }
+    return row, any(result.flags)
 
 
 def _not_finite(prepared: Prepared, plan: StepPlan, step: int) -> str:
@@ -308,87 +211,11 @@ def _not_finite(prepared: Prepared, plan: StepPlan, step: int) -> str:
     )
 
 
-def _validate(prepared: Prepared, step: int, out: Path, log: MetricsLog) -> None:
-    """Write the validation loss, and sample answers beside the references."""
-    model, held = prepared.llm.model, prepared.validation
-    if held is not None and len(held):
-        planner = Planner(
-            held.lengths,
-            held.supervised,
-            max_tokens=prepared.planner.max_tokens,
-            batch_samples=len(held),
-            shuffle=False,
-        )
-        plan = planner.plan(0)
-        batches = [collate(held, pack, plan.draws, model.device) for pack in plan.packs]
-        total = sum(summed_loss(model, prepared.adapters, batch) for batch in batches)
-        loss = total / plan.supervised_tokens
-        log.write({"step": step + 1, "val_loss": loss, "val_tokens": plan.supervised_tokens})
-        note(f"validation loss {loss:.4f} after step {step + 1}")
-    _write_samples(prepared, step, out)
-
-
-def _write_samples(prepared: Prepared, step: int, out: Path) -> None:
-    source = prepared.validation or prepared.tokens
-    count = min(prepared.run.train.samples, len(source))
-    if not count:
-        return
-    llm, template = prepared.llm, prepared.template
-    pairs = [source.sample(i) for i in range(count)]
-    room = llm.config.max_positions - max(prompt for _, prompt in pairs)
-    if room < 1:
-        return
-    completions = generate(
-        llm.model,
-        [ids[:prompt].tolist() for ids, prompt in pairs],
-        max_new_tokens=min(SAMPLE_TOKENS, room),
-        end_ids=[template.stop_id(llm.tokenizer)],
-        adapters=prepared.adapters,
-        num_tokens=llm.tokenizer.vocab_size,
-    )
-    with (out / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for i, ((ids, prompt), completion) in enumerate(zip(pairs, completions, strict=True)):
-            row = {
-                "step": step + 1,
-                "record": source.places[i],
-                "prompt": llm.tokenizer.decode(ids[:prompt].tolist()),
-                "answer": decode_answer(template, llm.tokenizer, completion.ids),
-                "reference": decode_answer(template, llm.tokenizer, ids[prompt:].tolist()),
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def _save(prepared: Prepared, out: Path) -> None:
-    prepared.adapters.save(out / "adapter", str(prepared.llm.path))
+    base = str(prepared.llm.path)
+    prepared.ranks.from_first(lambda: prepared.adapters.save(out / "adapter", base))
 
 
 def _draw(out: Path) -> None:
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     write_text(out / "loss.svg", loss_svg([json.loads(line) for line in lines]))
-
-
-def _made(prepared: Prepared, command: str) -> dict[str, Any]:
-    """How the run was made, for run.toml."""
-    model = prepared.llm.model
-    return {
-        "command": command,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit() or "",
-        "library": str(Path(__file__).parent),
-        **{name: package_version(name) or "" for name in _PACKAGES},
-        "python": platform.python_version(),
-        "dtype": _plain(model.dtype),
-        "device": str(model.device),
-        "device_name": device_name(model.device),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "attention": model.attention_backend,
-        "template": prepared.template.name,
-        "tokenizer": prepared.llm.tokenizer.fingerprint,
-        "steps": prepared.num_steps,
-        "samples": len(prepared.tokens),
-    }
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

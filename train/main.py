@@ -33,29 +33,32 @@ def command(recipe: Path | None, overrides: tuple[str, ...], dry: bool, resume: 
     """
     if resume:
         raise click.UsageError("--resume is not supported by this version; start a new run")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise click.UsageError("this version trains in one process; use --nproc-per-node 1")
     if recipe is not None and not recipe.is_file():
         raise click.UsageError(f"there is no recipe {recipe}")
     # torch is imported only now, so that --help and wrong usage answer at once
-    from bioinstruct.train import loop
     from bioinstruct.train.demo import RECIPE
+    from bioinstruct.train.dry_run import dry_run
+    from bioinstruct.train.loop import train
+    from bioinstruct.train.ranks import joined
     from bioinstruct.train.run import read_run
 
     if recipe is None and not any(o.startswith("model.path=") for o in overrides):
         recipe = RECIPE
     run = read_run(recipe, overrides)
-    if dry:
-        loop.dry_run(run)
-        return
     name = "run" if recipe is None else "demo" if recipe == RECIPE else recipe.stem
-    out = loop.train(run, name, shlex.join(sys.argv))
+    with joined(run.device) as ranks:
+        if dry:
+            dry_run(run, ranks)
+            return
+        out = train(run, name, shlex.join(sys.argv), ranks)
     if recipe == RECIPE:
         console.note(NEXT.format(out=out))
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point; of several ranks the first one speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        console.mute()
     console.run(command)
 
 

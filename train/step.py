@@ -1,12 +1,14 @@
 """One optimizer step: gradients of its packs, summed; then clip and AdamW on the flat buffers.
 
 The loss of a step is the sum of its tokens' losses over the step's supervised tokens, whatever its
-split into packs: every pack is scaled by the same number, known from the plan, and adds its
-gradient into the flat buffer.
+split into packs and ranks: every pack is scaled by the same number, known from the plan, and adds
+its gradient into the flat buffer. Ranks sum that buffer once a step, and one vector of numbers: the
+loss, and whatever they have to tell each other. Both sums are equal on all ranks to the last bit,
+so all take the same update and the masters never part.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from bioinstruct.kernels.adamw import adamw_, clip_factor, global_norm
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llama import Llama
 from bioinstruct.train.batch import Batch
+from bioinstruct.train.ranks import ALONE, Ranks
 
 
 class Optimizer:
@@ -99,6 +102,8 @@ class StepResult(NamedTuple):
     """Mean negative log-likelihood of the step's supervised tokens, in nats."""
     grad_norm: float
     """Before clipping."""
+    flags: tuple[float, ...] = ()
+    """Each flag, summed over ranks."""
 
 
 def add_gradient(
@@ -134,18 +139,35 @@ def train_step(
     supervised_tokens: int,
     lr: float,
     dropout_seed: int = 0,
+    ranks: Ranks = ALONE,
+    flags: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
-    """Run one optimizer step over its packs.
+    """Run one optimizer step over its packs; every rank calls it, also one without a pack.
 
-    A loss or gradient that is not finite changes no weight; the result shows it.
+    A loss or gradient that is not finite changes no weight, on no rank; the result shows it.
+
+    Args:
+        model: frozen weights.
+        optimizer: of what trains.
+        batches: this rank's packs.
+        supervised_tokens: of the whole step, over all ranks.
+        lr: learning rate.
+        dropout_seed: key of the masks.
+        ranks: who takes part.
+        flags: gives, after the packs, numbers that travel with the loss: 1 for a request to stop.
+
+    Returns:
+        The whole step's loss and norm, equal on all ranks.
     """
     scale = 1 / max(1, supervised_tokens)
     adapters = optimizer.adapters
-    loss = sum(add_gradient(model, adapters, batch, scale, dropout_seed) for batch in batches)
+    own_loss = sum(add_gradient(model, adapters, batch, scale, dropout_seed) for batch in batches)
+    loss, *told = ranks.total([own_loss, *flags()])
+    ranks.sum_(adapters.grad_P)
     if not math.isfinite(loss):
         adapters.grad_P.zero_()
-        return StepResult(loss, math.nan)
-    return StepResult(loss, optimizer.step(lr))
+        return StepResult(loss, math.nan, tuple(told))
+    return StepResult(loss, optimizer.step(lr), tuple(told))
 
 
 @torch.inference_mode()

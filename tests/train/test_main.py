@@ -298,13 +298,6 @@ def test_wrong_usage(arguments: list[str], sentence: str) -> None:
     assert sentence in result.output
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = CliRunner().invoke(command, [])
-    assert result.exit_code == 2
-    assert "use --nproc-per-node 1" in result.output
-
-
 def test_a_loss_that_is_not_finite_names_the_records(
     settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,57 @@
+"""Dealing, one rank alone, and what the environment may ask for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bioinstruct.train.ranks import ALONE, deal, joined
+
+COSTS = st.lists(st.integers(1, 1000).map(float), max_size=60)
+
+
+@given(COSTS, st.integers(1, 9))
+def test_every_pack_is_dealt_once_and_the_hands_are_even(costs: list[float], size: int) -> None:
+    hands = deal(costs, size)
+    assert sorted(pack for hand in hands for pack in hand) == list(range(len(costs)))
+    assert len(hands) == size
+    assert max(map(len, hands)) == -(-len(costs) // size)
+    assert hands == deal(costs, size)
+    for hand in hands:
+        assert [costs[i] for i in hand] == sorted((costs[i] for i in hand), reverse=True)
+
+
+def test_costs_are_levelled() -> None:
+    hands = deal([9.0, 8.0, 7.0, 3.0, 2.0, 1.0], 3)
+    assert hands == [[0, 5], [1, 4], [2, 3]]
+
+
+def test_alone_everything_is_the_identity() -> None:
+    x = torch.arange(5.0)
+    ALONE.sum_(x)
+    assert x.tolist() == [0, 1, 2, 3, 4]
+    assert ALONE.total([1.5, 2.0]) == [1.5, 2.0]
+    assert ALONE.largest(3.0) == 3.0
+    assert not ALONE.any_(False)
+    assert ALONE.any_(True)
+    assert ALONE.gather("a") == ["a"]
+    assert ALONE.from_first(lambda: 7) == 7
+    ALONE.barrier()
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cpu") as ranks:
+        assert (ranks.rank, ranks.size, ranks.is_first) == (0, 1, True)
+        assert ranks.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan"])
+def test_a_timeout_must_be_a_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("BIOINSTRUCT_RANK_TIMEOUT_S", text)
+    sentence = f"RANK_TIMEOUT_S = '{text}' must be a number"
+    with pytest.raises(ValueError, match=sentence), joined("cpu"):
+        pass

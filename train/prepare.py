@@ -1,0 +1,183 @@
+"""A run, checked and loaded: model, tokenizer, samples, plan; nothing is written but the cache.
+
+Everything that a user can get wrong shows here, before a step is taken or a folder is made.
+"""
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bioinstruct.eval.runner import Job
+from bioinstruct.kernels.attention import self_test
+from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.llm import Llm, load
+from bioinstruct.model.templates import Template, get_template
+from bioinstruct.model.tokenizer import Tokenizer
+from bioinstruct.synth.console import note
+from bioinstruct.train.batch import Batch, collate
+from bioinstruct.train.demo import resolve
+from bioinstruct.train.metrics import step_flops
+from bioinstruct.train.mixture import files_of, load_mixture
+from bioinstruct.train.planner import Planner, StepPlan
+from bioinstruct.train.provenance import commit, device_name, package_version
+from bioinstruct.train.ranks import ALONE, Ranks, deal
+from bioinstruct.train.run import Run
+from bioinstruct.train.scores import prepare_jobs
+from bioinstruct.train.tokens import Limits, TokenSet
+
+_PACKAGES = ("bioinstruct", "torch", "numpy", "safetensors", "sentencepiece", "tiktoken")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked and is ready to step."""
+
+    run: Run
+    llm: Llm
+    """Model and tokenizer; its adapters are the ones that train."""
+    template: Template
+    tokens: TokenSet
+    validation: TokenSet | None
+    planner: Planner
+    num_steps: int
+    jobs: list[Job]
+    """Tasks to score before and after training."""
+    ranks: Ranks = ALONE
+
+    @property
+    def adapters(self) -> Adapters:
+        """What trains."""
+        assert self.llm.adapters is not None
+        return self.llm.adapters
+
+
+def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
+    """Load, check and plan everything that a run needs.
+
+    Args:
+        run: the settings.
+        ranks: who trains; alone, the device is the one that the settings name.
+
+    Raises:
+        ValueError: missing settings, files that are missing, damaged or do not fit each other,
+            records that the settings refuse.
+        OSError: a file cannot be read.
+    """
+    if not run.model.path:
+        raise ValueError("model.path is not set; give --set model.path=FOLDER")
+    files_of(run.data)
+    jobs = prepare_jobs(run)
+    note(f"loading {run.model.path}")
+    llm = load_base(run, ranks)
+    model = llm.model
+    error = self_test(model.attention_backend, model.device, model.dtype)
+    name = llm.default_template() if run.data.template == "auto" else run.data.template
+    note(
+        f"{llm.config.parameter_count():,} parameters, {_plain(model.dtype)} on {model.device}, "
+        f"attention {model.attention_backend} (self-test error {error:.0e}), template {name}"
+    )
+    template = get_template(name, llm.tokenizer)
+    # the first rank encodes, the others find the cache
+    data = ranks.first_then_all(lambda: plan_data(run, llm.config, llm.tokenizer, template))
+    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
+    run = dataclasses.replace(run, lora=llm.adapters.settings)
+    return Prepared(run, llm, template, *data, jobs, ranks)
+
+
+class PlannedData(NamedTuple):
+    """What a run trains on, and in which steps."""
+
+    tokens: TokenSet
+    validation: TokenSet | None
+    planner: Planner
+    num_steps: int
+
+
+def plan_data(
+    run: Run, config: LlamaConfig, tokenizer: Tokenizer, template: Template
+) -> PlannedData:
+    """Encode and mix the records, and plan the steps.
+
+    Raises:
+        ValueError: as for load_mixture.
+    """
+    limit = min(run.data.max_tokens_per_pack, config.max_positions)
+    limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
+    tokens, validation = load_mixture(run, template, tokenizer, limits)
+    planner = Planner(
+        tokens.lengths,
+        tokens.supervised,
+        max_tokens=run.data.max_tokens_per_pack,
+        batch_samples=_batch_samples(run),
+        batch_tokens=run.train.batch_tokens,
+        seed=run.train.seed,
+        shuffle=run.data.shuffle,
+    )
+    return PlannedData(
+        tokens, validation, planner, run.train.steps or planner.num_steps(run.train.epochs)
+    )
+
+
+def load_base(run: Run, ranks: Ranks) -> Llm:
+    """Load the model that the settings name onto this rank's device."""
+    return load(
+        resolve(run.model.path),
+        dtype=run.model.dtype,
+        device=run.device if ranks.size == 1 else str(ranks.device),
+        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
+        attention=run.attention,
+    )
+
+
+def own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:
+    """Yield this rank's packs of a step, dealt by their FLOPs."""
+    model, ranks = prepared.llm.model, prepared.ranks
+    lengths, supervised = tokens.lengths, tokens.supervised
+    costs = [
+        step_flops(model.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
+        for pack in plan.packs
+    ]
+    for number in deal(costs, ranks.size)[ranks.rank]:
+        yield collate(tokens, plan.packs[number], plan.draws, model.device)
+
+
+def _batch_samples(run: Run) -> int | None:
+    if run.train.batch_tokens is not None:
+        return None
+    return run.train.batch_samples or 32
+
+
+def made(prepared: Prepared, command: str) -> dict[str, Any]:
+    """How the run was made, for run.toml."""
+    model = prepared.llm.model
+    return {
+        "command": command,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit() or "",
+        "library": str(Path(__file__).parent),
+        **{name: package_version(name) or "" for name in _PACKAGES},
+        "python": platform.python_version(),
+        "dtype": _plain(model.dtype),
+        "device": str(model.device),
+        "device_name": device_name(model.device),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "attention": model.attention_backend,
+        "template": prepared.template.name,
+        "tokenizer": prepared.llm.tokenizer.fingerprint,
+        "steps": prepared.num_steps,
+        "samples": len(prepared.tokens),
+        "ranks": prepared.ranks.size,
+    }
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
