@@ -175,6 +175,7 @@ def _step(
         warmup_steps=settings.warmup_steps,
         decay_share=settings.decay_share,
     )
+    ranks.begin_step(step + 1)
     batches = own_batches(prepared, prepared.tokens, plan)
     supervised = plan.supervised_tokens
     result = train_step(

@@ -11,7 +11,8 @@ which masters, and how these learn: at a multiple of the rate (LoRA+), with weig
 Shapes   P = what this rank updates.
 """
 
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -34,13 +35,26 @@ class Part(NamedTuple):
     decays: bool = True
 
 
-class Masters:
+class Held(NamedTuple):
+    """Rows of a tensor that this rank holds."""
+
+    rows: Tensor
+    start: int
+    """Number of the first of them in the whole tensor."""
+    total: int
+    """Rows of the whole tensor."""
+
+
+class Masters(ABC):
     """Masters that every rank holds whole.
 
     Args:
         grad_P: (P,) where backward passes add their gradients.
         parts: of the masters, one after the other as in grad_P.
     """
+
+    is_sharded = False
+    """Whether other ranks hold other rows, so that all must compute and save together."""
 
     def __init__(self, grad_P: Tensor, parts: Iterable[Part]) -> None:
         self.grad_P, self.parts = grad_P, list(parts)
@@ -50,7 +64,7 @@ class Masters:
         """The adapters, where it is they that train."""
         return None
 
-    def before_pack(self, is_last: bool) -> None:
+    def before_pack(self, is_last: bool) -> None:  # noqa: B027  most have nothing to do
         """Called before each pack of a step."""
 
     def sum_gradient(self, ranks: Ranks) -> None:
@@ -61,7 +75,7 @@ class Masters:
         """Norm of the whole summed gradient, equal on all ranks."""
         return global_norm(self.grad_P)
 
-    def changed(self) -> None:
+    def changed(self) -> None:  # noqa: B027  the same
         """Called when the masters have new values: copies that compute take them over."""
 
     def flat(self) -> Tensor:
@@ -74,17 +88,14 @@ class Masters:
             part.master_P.copy_(flat_P[part.place])
         self.changed()
 
-    def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Take a vector of this layout apart: (name, whole tensor), the same on all ranks.
+    @abstractmethod
+    def held(self, flat_P: Tensor) -> dict[str, Held]:
+        """Take a vector of this layout, masters or moments, apart into what this rank holds of it.
 
-        It may be the masters, the gradient or a moment. Where ranks hold a part each, every one
-        of them must go through all tensors, for each is put together by all.
+        Returns:
+            By name, views of flat_P: what they are given is given to the vector. The names and the
+            whole tensors' shapes are the same however many ranks there are.
         """
-        raise AssertionError("each kind of masters has its own names")
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Undo named: write this rank's part of the whole tensors into flat_P."""
-        raise AssertionError("each kind of masters has its own names")
 
 
 class LoraMasters(Masters):
@@ -104,9 +115,5 @@ class LoraMasters(Masters):
     def adapters(self) -> Adapters:
         return self._adapters
 
-    def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
-        yield "flat", flat_P
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for _, tensor in tensors:
-            flat_P.copy_(tensor)
+    def held(self, flat_P: Tensor) -> dict[str, Held]:
+        return {"adapters": Held(flat_P, 0, len(flat_P))}
