@@ -20,6 +20,7 @@ from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llama import Llama
 from bioinstruct.train.batch import Batch
 from bioinstruct.train.ranks import ALONE, Ranks
+from bioinstruct.train.state import Piece, State, whole
 
 
 class Optimizer:
@@ -76,6 +77,26 @@ class Optimizer:
         grad_P.zero_()
         return norm
 
+    def pieces(self) -> dict[str, Piece]:
+        """What a state holds of it, whole on every rank."""
+        tensors = {"masters": self.adapters.flat_P, "m": self.m_P, "v": self.v_P}
+        if self.average_P is not None:
+            tensors["average"] = self.average_P
+        return {name: whole(tensor) for name, tensor in tensors.items()}
+
+    def restore(self, state: State) -> None:
+        """Take up the masters, moments and average of a state.
+
+        Raises:
+            ValueError: it holds others than these.
+        """
+        pieces = self.pieces()
+        if pieces.keys() != state.names():
+            raise ValueError(f"{state.path} holds {sorted(state.names())}, not {sorted(pieces)}")
+        for name, piece in pieces.items():
+            piece.rows.copy_(state.read(name, piece.start, piece.start + len(piece.rows)))
+        self.updates = state.facts["updates"]
+
     def _parts(self, lr: float) -> list[tuple[slice, float]]:
         """Parts of the flat buffer, and the rate of each."""
         ratio, num_a = self.adapters.settings.plus_ratio, self.adapters.num_a
@@ -95,6 +116,13 @@ class Optimizer:
             yield
         finally:
             self.adapters.flat_P.copy_(own_P)
+
+
+class OutOfRoom(Exception):
+    """A pack did not fit into the memory of so many ranks; all of them raise this."""
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(f"a pack did not fit into the memory of {num_ranks} ranks")
 
 
 class StepResult(NamedTuple):
@@ -158,11 +186,23 @@ def train_step(
 
     Returns:
         The whole step's loss and norm, equal on all ranks.
+
+    Raises:
+        OutOfRoom: on all ranks, when a pack did not fit into the memory of one; nothing changed.
     """
     scale = 1 / max(1, supervised_tokens)
     adapters = optimizer.adapters
-    own_loss = sum(add_gradient(model, adapters, batch, scale, dropout_seed) for batch in batches)
-    loss, *told = ranks.total([own_loss, *flags()])
+    own_loss, full = 0.0, False
+    try:
+        for batch in batches:
+            own_loss += add_gradient(model, adapters, batch, scale, dropout_seed)
+    except torch.OutOfMemoryError:
+        # the others are on their way to the sum below, which must hear of it
+        full = True
+    loss, num_full, *told = ranks.total([own_loss, full, *flags()])
+    if num_full:
+        adapters.grad_P.zero_()
+        raise OutOfRoom(int(num_full))
     ranks.sum_(adapters.grad_P)
     if not math.isfinite(loss):
         adapters.grad_P.zero_()
