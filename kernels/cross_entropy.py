@@ -3,12 +3,14 @@
     loss = scale * sum_s ( logsumexp(z_s) - z_s[label_s] ),   z_s = h[rows_s] W^T
 
 The gradient with respect to h is computed chunk by chunk in the forward pass, in the buffer of the
-logits: dz = scale * (softmax(z) - onehot). The head W is frozen. scale is 1 / supervised tokens of
-the whole step, known before the forward pass, so gradients of micro-batches and ranks just add up.
+logits: dz = scale * (softmax(z) - onehot); so is that of the head W, where W trains. scale is
+1 / supervised tokens of the whole step, known before the forward pass, so gradients of
+micro-batches and ranks just add up.
 
 Shapes   T = packed tokens, D = model width, S = supervised rows, V = vocabulary.
 Numerics Logits by one GEMM in h's dtype; log-sum-exp, loss and softmax in at least float32.
-Saved    dh_SD of the supervised rows.
+         dW is summed over chunks in at least float32.
+Saved    dh_SD of the supervised rows; dW_VD where W trains.
 Bound    FLOPs: 4*S*D*V with gradient, 2*S*D*V without. The kernel reads a chunk of logits twice,
          the second time from cache, and writes the gradient in its place.
 """
@@ -80,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=h_TD.device)
         wants_grad = ctx.needs_input_grad[0]
         dh_SD = h_TD.new_empty(S, h_TD.shape[1]) if wants_grad else None
+        dw_VD = torch.zeros_like(w_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         chunk = max(1, CHUNK_BYTES // (V * wide.itemsize))
         for start in range(0, S, chunk):
             part = slice(start, start + chunk)
@@ -92,18 +95,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dh_SD is not None:
                 dz = p.scatter_add_(1, labels, -torch.ones_like(lse)).to(h_TD.dtype)
                 torch.mm(dz, w_VD, out=dh_SD[part]).mul_(scale)
-        if dh_SD is not None:
-            ctx.save_for_backward(dh_SD, rows_S)
-            ctx.shape = h_TD.shape
+                _add_head_gradient(dw_VD, dz, h_TD[rows_S[part]])
+        _keep(ctx, dh_SD, dw_VD, h_TD, rows_S, scale)
         return loss * scale
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None]:
-        dh_SD, rows_S = ctx.saved_tensors
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        dh_SD, rows_S, dw_VD = ctx.saved_tensors
         dh_TD = dh_SD.new_zeros(ctx.shape)
         # a row may be supervised once only, so plain copies need no accumulation
         dh_TD[rows_S] = dh_SD * dloss.to(dh_SD.dtype)
-        return dh_TD, None, None, None, None
+        dw_VD = None if dw_VD is None else (dw_VD * dloss).to(dh_SD.dtype)
+        return dh_TD, dw_VD, None, None, None
+
+
+def _add_head_gradient(dw_VD: Tensor | None, dz_SV: Tensor, h_SD: Tensor) -> None:
+    if dw_VD is not None:
+        dw_VD += torch.mm(dz_SV.T, h_SD)
+
+
+def _keep(
+    ctx: Any,
+    dh_SD: Tensor | None,
+    dw_VD: Tensor | None,
+    h_TD: Tensor,
+    rows_S: Tensor,
+    scale: float,
+) -> None:
+    if dh_SD is not None:
+        ctx.save_for_backward(dh_SD, rows_S, None if dw_VD is None else dw_VD.mul_(scale))
+        ctx.shape = h_TD.shape
 
 
 class _FusedLinearCrossEntropy(_LinearCrossEntropy):
@@ -115,6 +136,7 @@ class _FusedLinearCrossEntropy(_LinearCrossEntropy):
         losses_S = h_TD.new_empty(S, dtype=torch.float32)
         wants_grad = ctx.needs_input_grad[0]
         dh_SD = h_TD.new_empty(S, h_TD.shape[1]) if wants_grad else None
+        dw_VD = torch.zeros_like(w_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         constants = {"GRAD": wants_grad, "BLOCK": min(BLOCK_V, next_power_of_2(V))}
         chunk = max(1, GPU_CHUNK_BYTES // (V * h_TD.itemsize))
         for start in range(0, S, chunk):
@@ -124,9 +146,8 @@ class _FusedLinearCrossEntropy(_LinearCrossEntropy):
             launch(_softmax_gradient, (len(z),), *tensors, V, **constants, num_warps=8)
             if dh_SD is not None:
                 torch.addmm(dh_SD[part], z, w_VD, beta=0, alpha=scale, out=dh_SD[part])
-        if dh_SD is not None:
-            ctx.save_for_backward(dh_SD, rows_S)
-            ctx.shape = h_TD.shape
+                _add_head_gradient(dw_VD, z, h_TD[rows_S[part]])
+        _keep(ctx, dh_SD, dw_VD, h_TD, rows_S, scale)
         return losses_S.sum() * scale
 
 
@@ -137,7 +158,7 @@ def linear_cross_entropy(
 
     Args:
         h_TD: (T, D) final hidden states.
-        w_VD: (V, D) output head, frozen, in h's dtype.
+        w_VD: (V, D) output head, frozen or trained along, in h's dtype.
         rows_S: (S,) int64, the supervised rows of h, each at most once; S may be 0.
         labels_S: (S,) int64, the token that follows each of these rows.
         scale: factor of the loss and its gradient.

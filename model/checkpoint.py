@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,6 +42,17 @@ BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_LISTED = 10  # tensors named in a message, of each kind
+
+
+class Rows(NamedTuple):
+    """Where some rows of a weight belong."""
+
+    shape: tuple[int, ...]
+    """Of the whole weight."""
+    start: int
+    """The first of its rows that is wanted."""
+    destination: Tensor
+    """As many rows as are wanted; of any float dtype, strides and device."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,24 @@ class Checkpoint:
                 shape, unknown, or of a type that is no plain number; during it, a weight that is
                 not finite or too large for its destination.
         """
-        self.check({name: tuple(place.shape) for name, place in destinations.items()})
+        whole = {name: Rows(tuple(place.shape), 0, place) for name, place in destinations.items()}
+        self.load_rows(whole)
+
+    @torch.no_grad()
+    def load_rows(self, places: Mapping[str, Rows]) -> None:
+        """Copy a part of every weight to its place; the rest of the files is not read.
+
+        Args:
+            places: by Hugging Face name, as for load_into.
+
+        Raises:
+            ValueError: as load_into; values are looked at where they are copied.
+        """
+        self.check({name: rows.shape for name, rows in places.items()})
         for name, stored in self.tensors.items():
-            if name in destinations:
-                destination = destinations[name]
-                source = stored.read()
+            if name in places and places[name].destination.numel():
+                _, start, destination = places[name]
+                source = stored.read()[start : start + len(destination)]
                 _check_values(f"{self.path}: {name}", source, destination.dtype)
                 destination.copy_(source)
 

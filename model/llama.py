@@ -10,7 +10,8 @@ is rotated.
 
 There is no batch dimension and no padding: activations are (T, D), documents lie one after the
 other, and positions restart with each of them. Projections that share their input are stored as one
-matrix (q, k, v; gate, up). All weights are frozen; what trains are the adapters passed in.
+matrix (q, k, v; gate, up). All weights are frozen and what trains are the adapters passed in,
+unless the trainer unfreezes them.
 
 Shapes   T packed tokens, D model width, H query heads, G key/value heads, E head width, F
          feed-forward width, V vocabulary, N = (H + 2G) * E.
@@ -21,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from bioinstruct.kernels import (
     Documents,
@@ -62,6 +65,22 @@ def pack_documents(documents: list[list[int]], device: torch.device | str = "cpu
         torch.tensor(positions, dtype=torch.int64, device=device),
         Documents.of_lengths([len(d) for d in documents], device),
     )
+
+
+class Piece(NamedTuple):
+    """A tensor of a checkpoint as rows of a parameter."""
+
+    parameter: nn.Parameter
+    start: int
+    rows: int
+
+    def view(self) -> Tensor:
+        """These rows in the parameter's own memory."""
+        return self.parameter.data[self.start : self.start + self.rows]
+
+
+def _whole(parameter: nn.Parameter) -> Piece:
+    return Piece(parameter, 0, len(parameter))
 
 
 class Block(nn.Module):
@@ -111,27 +130,31 @@ class Block(nn.Module):
         h_TF = swiglu(linear("gate_up", h_TD, self.gate_up_2FD))
         return x_TD + linear("down", h_TF, self.down_DF)
 
+    def pieces(self) -> dict[str, Piece]:
+        """Which rows of which parameter hold each tensor of this layer, by its name's end."""
+        config, E = self.config, self.config.head_dim
+        q, kv, F = config.num_heads * E, config.num_kv_heads * E, config.intermediate_size
+        rows = {"q": (0, q), "k": (q, kv), "v": (q + kv, kv)}
+        found = {"input_layernorm.weight": _whole(self.attention_norm_D)}
+        for name, place in rows.items():
+            found[f"self_attn.{name}_proj.weight"] = Piece(self.qkv_ND, *place)
+        if self.bias_N is not None:
+            for name, place in rows.items():
+                found[f"self_attn.{name}_proj.bias"] = Piece(self.bias_N, *place)
+        if self.q_norm_E is not None and self.k_norm_E is not None:
+            found["self_attn.q_norm.weight"] = _whole(self.q_norm_E)
+            found["self_attn.k_norm.weight"] = _whole(self.k_norm_E)
+        return found | {
+            "self_attn.o_proj.weight": _whole(self.o_DM),
+            "post_attention_layernorm.weight": _whole(self.mlp_norm_D),
+            "mlp.gate_proj.weight": Piece(self.gate_up_2FD, 0, F),
+            "mlp.up_proj.weight": Piece(self.gate_up_2FD, F, F),
+            "mlp.down_proj.weight": _whole(self.down_DF),
+        }
+
     def destinations(self) -> dict[str, Tensor]:
         """Where each tensor of this layer belongs, by the end of its Hugging Face name."""
-        config, E = self.config, self.config.head_dim
-        sizes = (config.num_heads * E, config.num_kv_heads * E, config.num_kv_heads * E)
-        gate_weight, up_weight = self.gate_up_2FD.data.chunk(2)
-        places = {"input_layernorm.weight": self.attention_norm_D.data}
-        for name, weight in zip("qkv", self.qkv_ND.data.split(sizes), strict=True):
-            places[f"self_attn.{name}_proj.weight"] = weight
-        if self.bias_N is not None:
-            for name, bias in zip("qkv", self.bias_N.data.split(sizes), strict=True):
-                places[f"self_attn.{name}_proj.bias"] = bias
-        if self.q_norm_E is not None and self.k_norm_E is not None:
-            places["self_attn.q_norm.weight"] = self.q_norm_E.data
-            places["self_attn.k_norm.weight"] = self.k_norm_E.data
-        return places | {
-            "self_attn.o_proj.weight": self.o_DM.data,
-            "post_attention_layernorm.weight": self.mlp_norm_D.data,
-            "mlp.gate_proj.weight": gate_weight,
-            "mlp.up_proj.weight": up_weight,
-            "mlp.down_proj.weight": self.down_DF.data,
-        }
+        return {name: piece.view() for name, piece in self.pieces().items()}
 
     def _normed_heads(self, qkv_TN: Tensor) -> Tensor:
         """Norm every head of q and of k, where the model does so."""
@@ -165,6 +188,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.attention_backend = "sdpa"
+        self.recomputed_layers = 0
+        """So many layers, from the first on, keep only their input for the backward pass. The last
+        ones' activations are gone by the time that the first ones' are computed anew."""
 
         def frozen(*shape: int) -> nn.Parameter:
             empty = torch.empty(shape, device=device, dtype=dtype)
@@ -181,20 +207,30 @@ class Llama(nn.Module):
         )
         self.inverse_frequency_E = _inverse_frequency(config, self.device)
 
-    def destinations(self) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint belongs, by its Hugging Face name.
+    def pieces(self) -> dict[str, Piece]:
+        """Which rows of which parameter hold each tensor of a checkpoint, by Hugging Face name.
 
-        A tensor of a fused projection is a slice of it. The tied head has no entry.
+        A tensor of a fused projection is a part of its rows. The tied head has no entry.
         """
-        places: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding_VD.data}
+        found = {"model.embed_tokens.weight": _whole(self.embedding_VD)}
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            own = block.destinations()
-            places |= {f"model.layers.{i}.{name}": tensor for name, tensor in own.items()}
-        places["model.norm.weight"] = self.norm_D.data
+            own = block.pieces()
+            found |= {f"model.layers.{i}.{name}": piece for name, piece in own.items()}
+        found["model.norm.weight"] = _whole(self.norm_D)
         if not self.config.tied_embeddings:
-            places["lm_head.weight"] = self.head_VD.data
-        return places
+            found["lm_head.weight"] = _whole(self.head_VD)
+        return found
+
+    def destinations(self) -> dict[str, Tensor]:
+        """Where each tensor of a checkpoint belongs, by its Hugging Face name."""
+        return {name: piece.view() for name, piece in self.pieces().items()}
+
+    def materialise(self, device: torch.device) -> None:
+        """Give the weights of a model made on the meta device memory; they stay uninitialised."""
+        self.to_empty(device=device)
+        self.device = device
+        self.inverse_frequency_E = _inverse_frequency(self.config, device)
 
     def randomise(self, seed: int, std: float = 0.02) -> None:
         """Fill the weights with normal noise and the gains with 1, for benches and tests."""
@@ -231,9 +267,16 @@ class Llama(nn.Module):
             dropout: masks for the branches, in training only.
         """
         rotation = self.rotation(positions_T)
-        x_TD = self.embedding_VD[ids_T]
-        for block in self.blocks:
-            x_TD = block(x_TD, rotation, attend, adapters, dropout)
+        x_TD = functional.embedding(ids_T, self.embedding_VD)
+        recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
+        for i, block in enumerate(self.blocks):
+            given = x_TD, rotation, attend, adapters, dropout
+            # masks are counted, not drawn, so there is no generator whose state would matter
+            x_TD = (
+                checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+                if i < recomputed
+                else block(*given)
+            )
         return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)
 
     def logits(self, pack: Pack, adapters: Adapters | None = None) -> Tensor:

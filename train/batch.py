@@ -62,3 +62,13 @@ def collate(
         tensor(np.concatenate(labels)),
         tensor(numbers),
     )
+
+
+def empty_batch(device: torch.device | str = "cpu") -> Batch:
+    """A pack of one token of which nothing is learned: its gradient is zero everywhere.
+
+    A rank whose packs are used up takes it where all ranks must compute side by side.
+    """
+    none, zero = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(1, device=device)
+    token = zero.to(torch.int64)
+    return Batch(Pack(token, token, Documents.of_lengths([1], device)), none, none, token)

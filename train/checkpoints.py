@@ -17,7 +17,7 @@ from bioinstruct.train import folder
 from bioinstruct.train.fingerprint import fingerprint
 from bioinstruct.train.prepare import Prepared
 from bioinstruct.train.standing import Standing
-from bioinstruct.train.state import Keep, Saver, State, open_state, snapshot
+from bioinstruct.train.state import Keep, Saver, Snapshot, State, open_state, snapshot
 from bioinstruct.train.step import Optimizer
 
 
@@ -32,7 +32,8 @@ class Checkpoints:
 
     def __init__(self, prepared: Prepared, out: Path, optimizer: Optimizer) -> None:
         self.prepared, self.out, self.optimizer = prepared, out, optimizer
-        self.saver = Saver(folder.states_of(out))
+        self.num_writers = optimizer.masters.num_writers
+        self.saver = Saver(folder.states_of(out), rank=prepared.ranks.rank, size=self.num_writers)
         self._fingerprint: dict[str, Any] | None = None
 
     def take_up(self) -> Standing | None:
@@ -93,14 +94,14 @@ class Checkpoints:
         Raises:
             ValueError, OSError: they cannot be written, or the ones before could not.
         """
-        if self.prepared.ranks.is_first:
+        if self.prepared.ranks.rank < self.num_writers:
             self._start(standing, before)
         if wait:
             self.prepared.ranks.from_first(self.saver.wait)
 
     def _start(self, standing: Standing, before: Callable[[], None]) -> None:
         facts = {
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.fingerprint() if self.prepared.ranks.is_first else {},
             "standing": standing.facts(),
             "updates": self.optimizer.updates,
             "ranks": self.prepared.ranks.size,
@@ -108,16 +109,18 @@ class Checkpoints:
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         taken = snapshot(standing.step, self.optimizer.pieces(), facts)
-        trained = taken.pieces.get("average", taken.pieces["masters"]).rows
 
         def first() -> None:
             before()
-            self._save_adapter(trained)
+            if self.prepared.ranks.is_first:
+                self._save_adapter(taken)
 
         keep = Keep(self.prepared.run.train.keep, standing.best_step)
         self.saver.save(taken, keep, first)
 
-    def _save_adapter(self, flat_P: torch.Tensor) -> None:
+    def _save_adapter(self, taken: Snapshot) -> None:
+        if self.optimizer.masters.adapters is None:
+            return
         copy = Adapters(self.prepared.llm.config, self.prepared.adapters.settings)
-        copy.flat_P.copy_(flat_P)
+        copy.flat_P.copy_(taken.pieces.get("average.flat", taken.pieces["masters.flat"]).rows)
         copy.save(self.out / "adapter", str(self.prepared.llm.path))

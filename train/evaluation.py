@@ -64,7 +64,10 @@ def _packs(prepared: Prepared, held: TokenSet, group: Sequence[int]) -> list[lis
 
 def _labels(held: TokenSet) -> tuple[list[str], list[str]]:
     """The source and the category of each sample."""
-    return [place.rpartition(":")[0] for place in held.places], [""] * len(held)
+    both = []
+    for names, numbers in (held.sources, held.categories):
+        both.append([names[number] for number in numbers])
+    return both[0], both[1]
 
 
 def validate(prepared: Prepared, step: int, out: Path, log: MetricsLog) -> float | None:

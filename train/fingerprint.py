@@ -22,7 +22,8 @@ from bioinstruct.train.tokens import TokenSet
 MAY_CHANGE = frozenset(
     {
         *("out", "device", "attention", "shard"),
-        *("model.path", "model.tokenizer", "data.path", "data.max_tokens_per_pack"),
+        *("model.path", "model.tokenizer", "model.shape", "data.path", "data.max_tokens_per_pack"),
+        *("plan.hardware", "plan.mfu", "plan.ranks"),
         *("lora.init_from", "train.save_every", "train.keep", "train.eval_every", "train.samples"),
         *("train.max_skipped", "train.tensorboard", "train.deterministic"),
         *("eval.tasks", "eval.limit", "eval.before", "eval.form", "eval.lexicon", "eval.every"),
@@ -87,7 +88,12 @@ def _plain(run: Run, key: str) -> Any:
         value = getattr(value, name)
     if key == "data.validation" and isinstance(value, str):
         return "a file"  # its records are compared instead
-    return json.loads(json.dumps(value, default=dataclasses.asdict))
+    return json.loads(json.dumps(value, default=_without_path))
+
+
+def _without_path(table: Any) -> dict[str, Any]:
+    """A file's settings, but for where it is: its records are compared instead."""
+    return {k: v for k, v in dataclasses.asdict(table).items() if k != "path"}
 
 
 def _tokens(tokens: TokenSet) -> str:

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients of its packs, summed; then clip and AdamW on the flat buffers.
+"""One optimizer step: gradients of its packs, summed; then clip and AdamW on flat buffers.
 
 The loss of a step is the sum of its tokens' losses over the step's supervised tokens, whatever its
 split into packs and ranks: every pack is scaled by the same number, known from the plan, and adds
@@ -13,40 +13,41 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bioinstruct.kernels import Dropout, linear_cross_entropy
-from bioinstruct.kernels.adamw import adamw_, clip_factor, global_norm
+from bioinstruct.kernels.adamw import adamw_, clip_factor
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llama import Llama
 from bioinstruct.train.batch import Batch
+from bioinstruct.train.masters import LoraMasters, Masters
 from bioinstruct.train.ranks import ALONE, Ranks
-from bioinstruct.train.state import Piece, State, whole
+from bioinstruct.train.state import Piece, State
 
 
 class Optimizer:
-    """AdamW on the flat buffers of a model's adapters.
-
-    With LoRA+ (settings.plus_ratio) the rate of all B is a multiple of the rate of all A.
+    """AdamW on flat buffers.
 
     Args:
-        adapters: what trains.
-        weight_decay: decoupled decay.
+        trained: what trains.
+        weight_decay: decoupled decay, of the masters that decay.
         clip: largest gradient norm; 0 for none.
         ema: share that an average of the masters keeps of itself at an update; 0 for no average.
     """
 
     def __init__(
         self,
-        adapters: Adapters,
+        trained: Masters | Adapters,
         *,
         weight_decay: float = 0.0,
         clip: float = 1.0,
         ema: float = 0.0,
     ) -> None:
-        self.adapters, self.weight_decay, self.clip, self.ema = adapters, weight_decay, clip, ema
-        self.m_P = torch.zeros_like(adapters.flat_P)
-        self.v_P = torch.zeros_like(adapters.flat_P)
-        self.average_P = adapters.flat_P.clone() if ema else None
+        self.masters = LoraMasters(trained) if isinstance(trained, Adapters) else trained
+        self.weight_decay, self.clip, self.ema = weight_decay, clip, ema
+        self.m_P = torch.zeros_like(self.masters.grad_P)
+        self.v_P = torch.zeros_like(self.masters.grad_P)
+        self.average_P = self.masters.flat() if ema else None
         self.updates = 0
 
     def step(self, lr: float) -> float:
@@ -55,67 +56,78 @@ class Optimizer:
         Returns:
             The gradient's norm before clipping; where it is not finite nothing was changed.
         """
-        grad_P = self.adapters.grad_P
-        norm = global_norm(grad_P)
+        grad_P = self.masters.grad_P
+        norm = self.masters.gradient_norm()
         if math.isfinite(norm):
             self.updates += 1
-            for part, rate in self._parts(lr):
+            for part in self.masters.parts:
                 adamw_(
-                    self.adapters.flat_P[part],
-                    grad_P[part],
-                    self.m_P[part],
-                    self.v_P[part],
-                    lr=rate,
+                    part.master_P,
+                    grad_P[part.place],
+                    self.m_P[part.place],
+                    self.v_P[part.place],
+                    lr=lr * part.rate,
                     step=self.updates,
-                    weight_decay=self.weight_decay,
+                    weight_decay=self.weight_decay if part.decays else 0.0,
                     grad_factor=clip_factor(norm, self.clip),
                 )
-            if self.average_P is not None:
-                # early updates count fully, or the start would stay in the average for long
-                kept = min(self.ema, self.updates / (self.updates + 9))
-                self.average_P.lerp_(self.adapters.flat_P, 1 - kept)
+            self.masters.changed()
+            self._follow()
         grad_P.zero_()
         return norm
 
+    def _follow(self) -> None:
+        """Move the average towards the masters."""
+        if self.average_P is None:
+            return
+        # early updates count fully, or the start would stay in the average for long
+        kept = min(self.ema, self.updates / (self.updates + 9))
+        for part in self.masters.parts:
+            self.average_P[part.place].lerp_(part.master_P, 1 - kept)
+
     def pieces(self) -> dict[str, Piece]:
-        """What a state holds of it, whole on every rank."""
-        tensors = {"masters": self.adapters.flat_P, "m": self.m_P, "v": self.v_P}
+        """What a state holds of it: this rank's rows of every tensor, by KIND.NAME."""
+        return self._pieces(self.masters.flat())
+
+    def _pieces(self, masters_P: Tensor) -> dict[str, Piece]:
+        vectors = {"masters": masters_P, "m": self.m_P, "v": self.v_P}
         if self.average_P is not None:
-            tensors["average"] = self.average_P
-        return {name: whole(tensor) for name, tensor in tensors.items()}
+            vectors["average"] = self.average_P
+        return {
+            f"{kind}.{name}": piece
+            for kind, vector_P in vectors.items()
+            for name, piece in self.masters.pieces(vector_P).items()
+        }
 
     def restore(self, state: State) -> None:
-        """Take up the masters, moments and average of a state.
+        """Take up the masters, moments and average of a state, whichever ranks wrote it.
 
         Raises:
             ValueError: it holds others than these.
         """
-        pieces = self.pieces()
+        masters_P = self.masters.flat()
+        pieces = self._pieces(masters_P)
         if pieces.keys() != state.names():
-            raise ValueError(f"{state.path} holds {sorted(state.names())}, not {sorted(pieces)}")
-        for name, piece in pieces.items():
-            piece.rows.copy_(state.read(name, piece.start, piece.start + len(piece.rows)))
+            odd = sorted(pieces.keys() ^ state.names())
+            raise ValueError(f"{state.path} and this run differ in {', '.join(odd[:5])}")
+        for name, (rows, start, _) in pieces.items():
+            if len(rows):
+                rows.copy_(state.read(name, start, start + len(rows)))
+        self.masters.set_flat(masters_P)
         self.updates = state.facts["updates"]
-
-    def _parts(self, lr: float) -> list[tuple[slice, float]]:
-        """Parts of the flat buffer, and the rate of each."""
-        ratio, num_a = self.adapters.settings.plus_ratio, self.adapters.num_a
-        if ratio == 1:
-            return [(slice(None), lr)]
-        return [(slice(num_a), lr), (slice(num_a, None), lr * ratio)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Let the adapters be their average for a while, where one is kept."""
+        """Let the masters be their average for a while, where one is kept."""
         if self.average_P is None:
             yield
             return
-        own_P = self.adapters.flat_P.clone()
+        own_P = self.masters.flat()
         try:
-            self.adapters.flat_P.copy_(self.average_P)
+            self.masters.set_flat(self.average_P)
             yield
         finally:
-            self.adapters.flat_P.copy_(own_P)
+            self.masters.set_flat(own_P)
 
 
 class OutOfRoom(Exception):
@@ -135,13 +147,13 @@ class StepResult(NamedTuple):
 
 
 def add_gradient(
-    model: Llama, adapters: Adapters, batch: Batch, scale: float, dropout_seed: int = 0
+    model: Llama, adapters: Adapters | None, batch: Batch, scale: float, dropout_seed: int = 0
 ) -> float:
     """Add one pack's gradient to the flat buffer.
 
     Args:
-        model: frozen weights.
-        adapters: what trains; their dropout setting applies.
+        model: the weights, frozen or trained.
+        adapters: where they train; their dropout setting applies.
         batch: the pack.
         scale: 1 / supervised tokens of the whole step.
         dropout_seed: key of the masks.
@@ -150,7 +162,7 @@ def add_gradient(
         The pack's share of the step's loss.
     """
     pack, dropout = batch.pack, None
-    if adapters.settings.dropout:
+    if adapters is not None and adapters.settings.dropout:
         p = adapters.settings.dropout
         dropout = Dropout(p, dropout_seed, pack.positions_T, batch.draws_T)
     attend = model.packed_attention(pack.documents)
@@ -175,7 +187,7 @@ def train_step(
     A loss or gradient that is not finite changes no weight, on no rank; the result shows it.
 
     Args:
-        model: frozen weights.
+        model: the weights, frozen or trained.
         optimizer: of what trains.
         batches: this rank's packs.
         supervised_tokens: of the whole step, over all ranks.
@@ -190,24 +202,36 @@ def train_step(
     Raises:
         OutOfRoom: on all ranks, when a pack did not fit into the memory of one; nothing changed.
     """
-    scale = 1 / max(1, supervised_tokens)
-    adapters = optimizer.adapters
-    own_loss, full = 0.0, False
+    scale, own_loss, full = 1 / max(1, supervised_tokens), 0.0, False
+    masters = optimizer.masters
     try:
-        for batch in batches:
-            own_loss += add_gradient(model, adapters, batch, scale, dropout_seed)
+        for batch, is_last in _last_marked(batches):
+            masters.before_pack(is_last)
+            own_loss += add_gradient(model, masters.adapters, batch, scale, dropout_seed)
     except torch.OutOfMemoryError:
+        masters.check_recovers()
         # the others are on their way to the sum below, which must hear of it
         full = True
     loss, num_full, *told = ranks.total([own_loss, full, *flags()])
     if num_full:
-        adapters.grad_P.zero_()
+        masters.grad_P.zero_()
         raise OutOfRoom(int(num_full))
-    ranks.sum_(adapters.grad_P)
+    masters.sum_gradient(ranks)
     if not math.isfinite(loss):
-        adapters.grad_P.zero_()
+        masters.grad_P.zero_()
         return StepResult(loss, math.nan, tuple(told))
     return StepResult(loss, optimizer.step(lr), tuple(told))
+
+
+def _last_marked(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Yield each batch, and whether it is the last."""
+    before: Batch | None = None
+    for batch in batches:
+        if before is not None:
+            yield before, False
+        before = batch
+    if before is not None:
+        yield before, True
 
 
 @torch.inference_mode()
