@@ -11,14 +11,13 @@ Llama2-MedTuned paper used: every parameter but norms and biases).
 Memory   16 bytes a weight in float32 (master, gradient, two moments), 18 in bfloat16.
 """
 
-from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.masters import Held, Masters, Part
+from bioinstruct.train.masters import Masters, Part
 
 
 def ordered(model: Llama) -> list[nn.Parameter]:
@@ -31,20 +30,7 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-class FullMasters(Masters):
-    """All weights of a model."""
-
-    model: Llama
-
-    @abstractmethod
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Give the masters one after the other, whole, by Hugging Face name.
-
-        Every rank goes through all of them: where ranks hold a part each, all put each together.
-        """
-
-
-class WholeWeights(FullMasters):
+class WholeWeights(Masters):
     """All weights of a model that this rank holds whole; it unfreezes them.
 
     Args:
@@ -92,15 +78,10 @@ class WholeWeights(FullMasters):
             if parameter.data_ptr() != master.data_ptr():
                 parameter.copy_(master)
 
-    def held(self, flat_P: Tensor) -> dict[str, Held]:
-        names = {p: name for name, p in self.model.named_parameters()}
-        start, found = 0, {}
+    def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
+        start, whole = 0, {}
         for parameter in self.parameters:
-            rows_P = flat_P[start : start + parameter.numel()]
-            found[names[parameter]] = Held(rows_P.view(parameter.shape), 0, len(parameter))
+            whole[parameter] = flat_P[start : start + parameter.numel()].view(parameter.shape)
             start += parameter.numel()
-        return found
-
-    def named(self) -> Iterator[tuple[str, Tensor]]:
         for name, (parameter, first, rows) in self.model.pieces().items():
-            yield name, self._masters[parameter][first : first + rows]
+            yield name, whole[parameter][first : first + rows]

@@ -11,8 +11,7 @@ which masters, and how these learn: at a multiple of the rate (LoRA+), with weig
 Shapes   P = what this rank updates.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from bioinstruct.kernels.adamw import global_norm
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.train.ranks import Ranks
+from bioinstruct.train.state import Piece, whole
 
 
 class Part(NamedTuple):
@@ -35,17 +35,7 @@ class Part(NamedTuple):
     decays: bool = True
 
 
-class Held(NamedTuple):
-    """Rows of a tensor that this rank holds."""
-
-    rows: Tensor
-    start: int
-    """Number of the first of them in the whole tensor."""
-    total: int
-    """Rows of the whole tensor."""
-
-
-class Masters(ABC):
+class Masters:
     """Masters that every rank holds whole.
 
     Args:
@@ -54,7 +44,7 @@ class Masters(ABC):
     """
 
     is_sharded = False
-    """Whether other ranks hold other rows, so that all must compute and save together."""
+    """Whether ranks hold a part each, so that all of them must compute and save side by side."""
 
     def __init__(self, grad_P: Tensor, parts: Iterable[Part]) -> None:
         self.grad_P, self.parts = grad_P, list(parts)
@@ -64,7 +54,7 @@ class Masters(ABC):
         """The adapters, where it is they that train."""
         return None
 
-    def before_pack(self, is_last: bool) -> None:  # noqa: B027  most have nothing to do
+    def before_pack(self, is_last: bool) -> None:
         """Called before each pack of a step."""
 
     def sum_gradient(self, ranks: Ranks) -> None:
@@ -75,7 +65,7 @@ class Masters(ABC):
         """Norm of the whole summed gradient, equal on all ranks."""
         return global_norm(self.grad_P)
 
-    def changed(self) -> None:  # noqa: B027  the same
+    def changed(self) -> None:
         """Called when the masters have new values: copies that compute take them over."""
 
     def flat(self) -> Tensor:
@@ -88,14 +78,29 @@ class Masters(ABC):
             part.master_P.copy_(flat_P[part.place])
         self.changed()
 
-    @abstractmethod
-    def held(self, flat_P: Tensor) -> dict[str, Held]:
-        """Take a vector of this layout, masters or moments, apart into what this rank holds of it.
+    def pieces(self, flat_P: Tensor) -> dict[str, Piece]:
+        """This rank's rows of each tensor in a vector of this layout: views, by name."""
+        return {name: whole(tensor) for name, tensor in self.named(flat_P)}
 
-        Returns:
-            By name, views of flat_P: what they are given is given to the vector. The names and the
-            whole tensors' shapes are the same however many ranks there are.
+    @property
+    def num_writers(self) -> int:
+        """How many ranks hold rows that no rank before them holds: those write the states."""
+        return 1
+
+    def check_recovers(self) -> None:
+        """Refuse to go on after one rank has broken off in the middle of its packs.
+
+        Raises:
+            ValueError: the other ranks wait for it in a collective and cannot be told.
         """
+
+    def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Take a vector of this layout apart: (name, whole tensor), the same on all ranks.
+
+        It may be the masters, the gradient or a moment. Where ranks hold a part each, every one
+        of them must go through all tensors, for each is put together by all.
+        """
+        raise AssertionError("each kind of masters has its own names")
 
 
 class LoraMasters(Masters):
@@ -115,5 +120,5 @@ class LoraMasters(Masters):
     def adapters(self) -> Adapters:
         return self._adapters
 
-    def held(self, flat_P: Tensor) -> dict[str, Held]:
-        return {"adapters": Held(flat_P, 0, len(flat_P))}
+    def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "flat", flat_P

@@ -32,9 +32,10 @@ from torch.distributed.tensor import DTensor
 
 from bioinstruct.model.checkpoint import Checkpoint, Rows
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.full import FullMasters, decays, ordered
-from bioinstruct.train.masters import Held, Part
+from bioinstruct.train.full import decays, ordered
+from bioinstruct.train.masters import Masters, Part
 from bioinstruct.train.ranks import Ranks
+from bioinstruct.train.state import Piece
 
 MODES = "full", "hybrid"
 
@@ -115,7 +116,7 @@ def _rows(model: Llama) -> dict[str, Rows]:
     return places
 
 
-class ShardedWeights(FullMasters):
+class ShardedWeights(Masters):
     """All weights of a sharded model: this rank's rows of them.
 
     Args:
@@ -157,20 +158,37 @@ class ShardedWeights(FullMasters):
         # what is still gathered holds old values
         self.root.reshard()
 
-    def held(self, flat_P: Tensor) -> dict[str, Held]:
-        names = {p: name for name, p in self.model.named_parameters()}
-        found = {}
-        for parameter, part in zip(self.shards, self.parts, strict=True):
-            rows = flat_P[part.place].view_as(parameter.to_local())
-            found[names[parameter]] = Held(rows, _first_row(parameter), len(parameter))
-        return found
+    def pieces(self, flat_P: Tensor) -> dict[str, Piece]:
+        held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
+        pieces = {}
+        for name, (parameter, start, rows) in self.model.pieces().items():
+            assert isinstance(parameter, DTensor)
+            local = flat_P[held[parameter]].view_as(parameter.to_local())
+            own = _first_row(parameter)
+            first, last = max(start, own), min(start + rows, own + len(local))
+            last = max(first, last)
+            pieces[name] = Piece(local[first - own : last - own], first - start, rows)
+        return pieces
 
-    def named(self) -> Iterator[tuple[str, Tensor]]:
+    @property
+    def num_writers(self) -> int:
+        mesh = self.shards[0].device_mesh
+        return mesh.size(mesh.ndim - 1)
+
+    def check_recovers(self) -> None:
+        raise ValueError(
+            "memory ran out on a rank while the others waited for its weights; set "
+            "data.max_tokens_per_pack lower, or train on more GPUs"
+        )
+
+    def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
+        held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
         whole: dict[nn.Parameter, Tensor] = {}
         for name, (parameter, first, rows) in self.model.pieces().items():
             if parameter not in whole:
                 assert isinstance(parameter, DTensor)
-                whole = {parameter: parameter.full_tensor().detach()}
+                local = flat_P[held[parameter]].view_as(parameter.to_local())
+                whole = {parameter: _like(parameter, local).full_tensor()}
             yield name, whole[parameter][first : first + rows]
 
 

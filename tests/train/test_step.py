@@ -21,9 +21,9 @@ LENGTHS = (23, 8, 40, 5, 17, 31, 9)
 def samples() -> TokenSet:
     rng = np.random.default_rng(0)
     sizes = [n + 1 for n in LENGTHS]
-    return TokenSet(
+    return TokenSet.laid(
         rng.integers(3, 512, sum(sizes)).astype(np.uint32),
-        np.cumsum([0, *sizes]),
+        sizes,
         np.array([max(1, n // 2) for n in LENGTHS]),
         [f"here:{i}" for i in range(len(LENGTHS))],
     )
@@ -93,12 +93,15 @@ def test_loss_and_gradient_by_finite_differences(stories: Llm, samples: TokenSet
         model.destinations()[name].copy_(place)
     trained = Adapters(model.config, LoraSettings(r=2, alpha=4.0), dtype=torch.float64)
     trained.initialise(0)
+    generator = torch.Generator().manual_seed(2)
+    start, direction = (
+        torch.randn(trained.flat_P.shape, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
     with torch.no_grad():
-        trained.flat_P.add_(0.02 * torch.randn(trained.flat_P.shape, dtype=torch.float64))
+        trained.flat_P.add_(start, alpha=0.02)
     batch = collate(samples, [0, 1, 2], DRAWS)
     add_gradient(model, trained, batch, 1.0)
-    generator = torch.Generator().manual_seed(2)
-    direction = torch.randn(trained.flat_P.shape, generator=generator, dtype=torch.float64)
     slope, eps = float(trained.grad_P @ direction), 1e-5
     losses = []
     for sign in (1, -1):
