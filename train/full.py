@@ -11,7 +11,7 @@ Llama2-MedTuned paper used: every parameter but norms and biases).
 Memory   16 bytes a weight in float32 (master, gradient, two moments), 18 in bfloat16.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,3 @@ class WholeWeights(Masters):
             start += parameter.numel()
         for name, (parameter, first, rows) in self.model.pieces().items():
             yield name, whole[parameter][first : first + rows]
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        places = dict(self.named(flat_P))
-        for name, tensor in tensors:
-            places[name].copy_(tensor)

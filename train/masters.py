@@ -20,6 +20,7 @@ from torch import Tensor
 from bioinstruct.kernels.adamw import global_norm
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.train.ranks import Ranks
+from bioinstruct.train.state import Piece, whole
 
 
 class Part(NamedTuple):
@@ -41,6 +42,9 @@ class Masters:
         grad_P: (P,) where backward passes add their gradients.
         parts: of the masters, one after the other as in grad_P.
     """
+
+    is_sharded = False
+    """Whether ranks hold a part each, so that all of them must compute and save side by side."""
 
     def __init__(self, grad_P: Tensor, parts: Iterable[Part]) -> None:
         self.grad_P, self.parts = grad_P, list(parts)
@@ -74,16 +78,28 @@ class Masters:
             part.master_P.copy_(flat_P[part.place])
         self.changed()
 
+    def pieces(self, flat_P: Tensor) -> dict[str, Piece]:
+        """This rank's rows of each tensor in a vector of this layout: views, by name."""
+        return {name: whole(tensor) for name, tensor in self.named(flat_P)}
+
+    @property
+    def num_writers(self) -> int:
+        """How many ranks hold rows that no rank before them holds: those write the states."""
+        return 1
+
+    def check_recovers(self) -> None:
+        """Refuse to go on after one rank has broken off in the middle of its packs.
+
+        Raises:
+            ValueError: the other ranks wait for it in a collective and cannot be told.
+        """
+
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take a vector of this layout apart: (name, whole tensor), the same on all ranks.
 
         It may be the masters, the gradient or a moment. Where ranks hold a part each, every one
         of them must go through all tensors, for each is put together by all.
         """
-        raise AssertionError("each kind of masters has its own names")
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Undo named: write this rank's part of the whole tensors into flat_P."""
         raise AssertionError("each kind of masters has its own names")
 
 
@@ -106,7 +122,3 @@ class LoraMasters(Masters):
 
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "flat", flat_P
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for _, tensor in tensors:
-            flat_P.copy_(tensor)

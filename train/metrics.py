@@ -7,9 +7,10 @@ causal attention, 6 for every adapter weight and token. Recomputation is not cou
 
 import json
 import math
+import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,24 @@ PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
 class MetricsLog:
     """Appends one JSON object a line, flushed at once, so that a killed run keeps its history."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, also: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.path, self.also = path, also
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; numbers that JSON cannot hold become null."""
+        """Append a row, and hand it to `also`; numbers that JSON cannot hold become null."""
         safe = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
         self.file.write(json.dumps(safe, allow_nan=False) + "\n")
         self.file.flush()
+        if self.also is not None:
+            self.also(safe)
+
+    def sync(self) -> None:
+        """Make the rows so far survive a loss of power, as the state after them will."""
+        if self.path.is_file():
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file."""

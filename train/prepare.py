@@ -6,7 +6,7 @@ Everything that a user can get wrong shows here, before a step is taken or a fol
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,16 +137,25 @@ def load_base(run: Run, ranks: Ranks) -> Llm:
     )
 
 
-def own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:
-    """Yield this rank's packs of a step, dealt by their FLOPs."""
-    model, ranks = prepared.llm.model, prepared.ranks
+def own_packs(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> list[list[int]]:
+    """Return this rank's packs of a step, dealt by their FLOPs."""
+    return deal_packs(prepared, tokens, plan.packs)
+
+
+def deal_packs(prepared: Prepared, tokens: TokenSet, packs: Sequence[list[int]]) -> list[list[int]]:
+    """Return those of these packs that are this rank's, dealt by their FLOPs."""
     lengths, supervised = tokens.lengths, tokens.supervised
     costs = [
-        step_flops(model.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
-        for pack in plan.packs
+        step_flops(prepared.llm.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
+        for pack in packs
     ]
-    for number in deal(costs, ranks.size)[ranks.rank]:
-        yield collate(tokens, plan.packs[number], plan.draws, model.device)
+    return [packs[number] for number in deal(costs, prepared.ranks.size)[prepared.ranks.rank]]
+
+
+def own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:
+    """Yield this rank's packs of a step as tensors."""
+    for pack in own_packs(prepared, tokens, plan):
+        yield collate(tokens, pack, plan.draws, prepared.llm.model.device)
 
 
 def _batch_samples(run: Run) -> int | None:

@@ -151,13 +151,29 @@ class TrainSettings:
     seed: int = 0
     """Of initialisation, order, dropout and the validation split."""
     save_every: int = 0
-    """Write the adapter every so many steps; 0 writes it at the end alone."""
+    """Write the adapter, and a state to resume from, every so many steps; 0: at the end alone."""
+    keep: int = 2
+    """States kept, the newest; the best one stays besides."""
+    keep_best: str = ""
+    """Keep the adapter that is best by this in adapter-best: val_loss, or a task of eval.tasks, by
+    its main score or as TASK:SCORE; empty: none."""
+    patience: int = 0
+    """Stop after so many evaluations without a better keep_best; 0: never."""
     eval_every: int = 0
     """Validation loss and sample answers every so many steps; 0 for the end alone."""
     samples: int = 3
     """Sample answers written at each evaluation."""
     method: str = "lora"
     """What trains: lora."""
+    max_skipped: int = 3
+    """A step whose loss or gradient is not finite is skipped; end after so many in a row."""
+    spikes: float = 10.0
+    """Report a loss or gradient norm so many robust deviations above the last steps' median, with
+    the records behind it; 0: never."""
+    deterministic: bool = False
+    """Refuse operations whose results change from run to run on a GPU; they are slower."""
+    tensorboard: bool = False
+    """Write TensorBoard's files too, into OUT/tensorboard."""
 
     def __post_init__(self) -> None:
         if self.batch_samples is not None and self.batch_tokens is not None:
@@ -168,9 +184,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None:
                 _positive(f"train.{name}", value)
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "keep", "max_skipped"):
             _positive(f"train.{name}", getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "clip", "save_every", "eval_every", "samples"):
+            _not_negative(f"train.{name}", getattr(self, name))
+        for name in ("patience", "spikes"):
             _not_negative(f"train.{name}", getattr(self, name))
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
@@ -195,8 +213,11 @@ class EvalSettings:
 
     lexicon: str = ""
     """CoNLL file whose mentions make the lexicon baseline of NER tasks."""
+    every: int = 0
+    """Score the tasks every so many steps too; 0: never."""
 
     def __post_init__(self) -> None:
+        _not_negative("eval.every", self.every)
         if self.limit is not None:
             _positive("eval.limit", self.limit)
         for task in self.tasks:
@@ -243,6 +264,24 @@ class Run:
 
     def __post_init__(self) -> None:
         _one_of("shard", self.shard, ("auto", "none"))
+        self._check_evaluations()
+
+    def _check_evaluations(self) -> None:
+        """Refuse settings of the evaluation that would have no effect."""
+        best, tasks = self.train.keep_best, [task.partition("=")[0] for task in self.eval.tasks]
+        if self.train.patience and not best:
+            raise ValueError("train.patience needs train.keep_best, which says what better is")
+        if self.eval.every and not tasks:
+            raise ValueError("eval.every needs eval.tasks, which names what is scored")
+        if not best:
+            return
+        _one_of("train.keep_best", best.partition(":")[0], ("val_loss", *tasks))
+        if best == "val_loss" and not (self.data.validation and self.train.eval_every):
+            raise ValueError(
+                "train.keep_best = 'val_loss' needs data.validation and train.eval_every"
+            )
+        if best != "val_loss" and not self.eval.every:
+            raise ValueError(f"train.keep_best = {best!r} needs eval.every")
 
 
 def read_run(recipe: Path | None, overrides: Sequence[str]) -> Run:

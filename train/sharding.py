@@ -22,7 +22,7 @@ files row by row: no rank ever holds the whole.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from bioinstruct.model.llama import Llama
 from bioinstruct.train.full import decays, ordered
 from bioinstruct.train.masters import Masters, Part
 from bioinstruct.train.ranks import Ranks
+from bioinstruct.train.state import Piece
 
 MODES = "full", "hybrid"
 
@@ -123,6 +124,8 @@ class ShardedWeights(Masters):
         ranks: among whom it is spread.
     """
 
+    is_sharded = True
+
     def __init__(self, model: Llama, ranks: Ranks) -> None:
         assert isinstance(model, FSDPModule)
         self.model, self.root, self.ranks = model, model, ranks
@@ -155,6 +158,29 @@ class ShardedWeights(Masters):
         # what is still gathered holds old values
         self.root.reshard()
 
+    def pieces(self, flat_P: Tensor) -> dict[str, Piece]:
+        held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
+        pieces = {}
+        for name, (parameter, start, rows) in self.model.pieces().items():
+            assert isinstance(parameter, DTensor)
+            local = flat_P[held[parameter]].view_as(parameter.to_local())
+            own = _first_row(parameter)
+            first, last = max(start, own), min(start + rows, own + len(local))
+            last = max(first, last)
+            pieces[name] = Piece(local[first - own : last - own], first - start, rows)
+        return pieces
+
+    @property
+    def num_writers(self) -> int:
+        mesh = self.shards[0].device_mesh
+        return mesh.size(mesh.ndim - 1)
+
+    def check_recovers(self) -> None:
+        raise ValueError(
+            "memory ran out on a rank while the others waited for its weights; set "
+            "data.max_tokens_per_pack lower, or train on more GPUs"
+        )
+
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
         whole: dict[nn.Parameter, Tensor] = {}
@@ -164,18 +190,6 @@ class ShardedWeights(Masters):
                 local = flat_P[held[parameter]].view_as(parameter.to_local())
                 whole = {parameter: _like(parameter, local).full_tensor()}
             yield name, whole[parameter][first : first + rows]
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
-        pieces = self.model.pieces()
-        for name, tensor in tensors:
-            parameter, start, rows = pieces[name]
-            assert isinstance(parameter, DTensor)
-            local = flat_P[held[parameter]].view_as(parameter.to_local())
-            own = _first_row(parameter)
-            first, last = max(start, own), min(start + rows, own + len(local))
-            if first < last:
-                local[first - own : last - own].copy_(tensor[first - start : last - start])
 
 
 def _like(parameter: DTensor, local: Tensor) -> DTensor:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bioinstruct.kernels import Dropout, linear_cross_entropy
 from bioinstruct.kernels.adamw import adamw_, clip_factor
@@ -21,6 +22,7 @@ from bioinstruct.model.llama import Llama
 from bioinstruct.train.batch import Batch
 from bioinstruct.train.masters import LoraMasters, Masters
 from bioinstruct.train.ranks import ALONE, Ranks
+from bioinstruct.train.state import Piece, State
 
 
 class Optimizer:
@@ -83,6 +85,37 @@ class Optimizer:
         for part in self.masters.parts:
             self.average_P[part.place].lerp_(part.master_P, 1 - kept)
 
+    def pieces(self) -> dict[str, Piece]:
+        """What a state holds of it: this rank's rows of every tensor, by KIND.NAME."""
+        return self._pieces(self.masters.flat())
+
+    def _pieces(self, masters_P: Tensor) -> dict[str, Piece]:
+        vectors = {"masters": masters_P, "m": self.m_P, "v": self.v_P}
+        if self.average_P is not None:
+            vectors["average"] = self.average_P
+        return {
+            f"{kind}.{name}": piece
+            for kind, vector_P in vectors.items()
+            for name, piece in self.masters.pieces(vector_P).items()
+        }
+
+    def restore(self, state: State) -> None:
+        """Take up the masters, moments and average of a state, whichever ranks wrote it.
+
+        Raises:
+            ValueError: it holds others than these.
+        """
+        masters_P = self.masters.flat()
+        pieces = self._pieces(masters_P)
+        if pieces.keys() != state.names():
+            odd = sorted(pieces.keys() ^ state.names())
+            raise ValueError(f"{state.path} and this run differ in {', '.join(odd[:5])}")
+        for name, (rows, start, _) in pieces.items():
+            if len(rows):
+                rows.copy_(state.read(name, start, start + len(rows)))
+        self.masters.set_flat(masters_P)
+        self.updates = state.facts["updates"]
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Let the masters be their average for a while, where one is kept."""
@@ -95,6 +128,13 @@ class Optimizer:
             yield
         finally:
             self.masters.set_flat(own_P)
+
+
+class OutOfRoom(Exception):
+    """A pack did not fit into the memory of so many ranks; all of them raise this."""
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(f"a pack did not fit into the memory of {num_ranks} ranks")
 
 
 class StepResult(NamedTuple):
@@ -158,13 +198,24 @@ def train_step(
 
     Returns:
         The whole step's loss and norm, equal on all ranks.
+
+    Raises:
+        OutOfRoom: on all ranks, when a pack did not fit into the memory of one; nothing changed.
     """
-    scale, own_loss = 1 / max(1, supervised_tokens), 0.0
+    scale, own_loss, full = 1 / max(1, supervised_tokens), 0.0, False
     masters = optimizer.masters
-    for batch, is_last in _last_marked(batches):
-        masters.before_pack(is_last)
-        own_loss += add_gradient(model, masters.adapters, batch, scale, dropout_seed)
-    loss, *told = ranks.total([own_loss, *flags()])
+    try:
+        for batch, is_last in _last_marked(batches):
+            masters.before_pack(is_last)
+            own_loss += add_gradient(model, masters.adapters, batch, scale, dropout_seed)
+    except torch.OutOfMemoryError:
+        masters.check_recovers()
+        # the others are on their way to the sum below, which must hear of it
+        full = True
+    loss, num_full, *told = ranks.total([own_loss, full, *flags()])
+    if num_full:
+        masters.grad_P.zero_()
+        raise OutOfRoom(int(num_full))
     masters.sum_gradient(ranks)
     if not math.isfinite(loss):
         masters.grad_P.zero_()
