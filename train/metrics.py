@@ -2,7 +2,9 @@
 
 FLOP convention, per step: 4 for every weight of the frozen linears and token (forward and input
 gradient), 4 for every weight of the head and supervised token, 3.5 times the forward FLOPs of
-causal attention, 6 for every adapter weight and token. Recomputation is not counted.
+causal attention, 6 for every adapter weight and token. Where all weights train, 6 in place of
+both 4s. Recomputation is not counted. MFU is these FLOPs over seconds and the vendor's dense
+bfloat16 peak.
 """
 
 import json
@@ -59,15 +61,19 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def step_flops(
-    config: LlamaConfig, num_adapter_weights: int, lengths: Sequence[int], supervised_tokens: int
+    config: LlamaConfig,
+    num_adapter_weights: int,
+    lengths: Sequence[int],
+    supervised_tokens: int,
+    all_train: bool = False,
 ) -> float:
-    """Model FLOPs of a LoRA step over documents of these lengths, by the convention above."""
+    """Model FLOPs of a step over documents of these lengths, by the convention above."""
     tokens = sum(lengths)
     linears = config.num_layers * sum(N * K for N, K, _ in projection_shapes(config).values())
     head = config.vocab_size * config.hidden_size
     pairs = sum(n * (n + 1) / 2 for n in lengths)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
-    base = 4 * linears * tokens + 4 * head * supervised_tokens
+    base = (6 if all_train else 4) * (linears * tokens + head * supervised_tokens)
     return base + 3.5 * attention + 6 * num_adapter_weights * tokens
 
 
