@@ -255,14 +255,9 @@ def _gib(size: float) -> str:
 def _work(outlook: Outlook) -> list[str]:
     data, hardware, plan = outlook.data, outlook.hardware, outlook.run.plan
     full = outlook.run.train.method == "full"
-    trained = 0 if full else adapter_count(outlook.base.config, outlook.run.lora)
-    epoch = step_flops(
-        outlook.base.config,
-        trained,
-        data.tokens.lengths.tolist(),
-        int(data.tokens.supervised.sum()),
-        full,
-    )
+    trained = None if full else adapter_count(outlook.base.config, outlook.run.lora)
+    lengths, supervised = data.tokens.lengths.tolist(), int(data.tokens.supervised.sum())
+    epoch = step_flops(outlook.base.config, trained, lengths, supervised)
     epochs = data.num_steps / data.planner.steps_of(0)
     tokens = epochs * int(data.tokens.lengths.sum())
     line = f"{epochs * epoch:.3g} model FLOPs over {tokens:,.0f} tokens"
@@ -307,8 +302,10 @@ def summary(prepared: Prepared) -> str:
     tokens, run = prepared.tokens, prepared.run
     held = len(prepared.validation) if prepared.validation else 0
     supervised = tokens.supervised.sum() / tokens.lengths.sum()
+    trained = f"all {prepared.llm.config.parameter_count():,} parameters"
+    if prepared.adapters is not None:
+        trained = lora_line(run, prepared.adapters.flat_P.numel())
     return (
         f"{len(tokens)} samples, {tokens.lengths.sum():,} tokens, {supervised:.1%} supervised, "
-        f"{held} held out; {prepared.num_steps} steps; "
-        f"{lora_line(run, prepared.adapters.flat_P.numel())}"
+        f"{held} held out; {prepared.num_steps} steps; {trained}"
     )

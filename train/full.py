@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from bioinstruct.model.checkpoint import Checkpoint, Rows
 from bioinstruct.model.llama import Llama
 from bioinstruct.train.masters import Masters, Part
 
@@ -30,7 +31,26 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-class WholeWeights(Masters):
+class FullMasters(Masters):
+    """All weights of a model."""
+
+    def read(self, checkpoint: Checkpoint) -> None:
+        """Give the masters the values of a checkpoint of this model.
+
+        Raises:
+            ValueError: as Checkpoint.load_rows.
+        """
+        flat_P = self.flat()
+        checkpoint.load_rows(
+            {
+                name: Rows((total, *rows.shape[1:]), start, rows)
+                for name, (rows, start, total) in self.pieces(flat_P).items()
+            }
+        )
+        self.set_flat(flat_P)
+
+
+class WholeWeights(FullMasters):
     """All weights of a model that this rank holds whole; it unfreezes them.
 
     Args:

@@ -44,7 +44,7 @@ class Masters:
     """
 
     is_sharded = False
-    """Whether ranks hold a part each, so that all of them must compute and save side by side."""
+    """Whether ranks hold a part of the model each, so that all must compute side by side."""
 
     def __init__(self, grad_P: Tensor, parts: Iterable[Part]) -> None:
         self.grad_P, self.parts = grad_P, list(parts)
@@ -93,6 +93,11 @@ class Masters:
         Raises:
             ValueError: the other ranks wait for it in a collective and cannot be told.
         """
+        if self.is_sharded:
+            raise ValueError(
+                "memory ran out on a rank while the others waited for its weights; set "
+                "data.max_tokens_per_pack lower, train.checkpoint_layers higher, or take more GPUs"
+            )
 
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take a vector of this layout apart: (name, whole tensor), the same on all ranks.
@@ -106,7 +111,8 @@ class Masters:
 class LoraMasters(Masters):
     """The adapters of a frozen model; with LoRA+ all B learn at a multiple of the rate of all A."""
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters, *, is_sharded: bool = False) -> None:
+        self.is_sharded = is_sharded
         flat_P, num_a = adapters.flat_P, adapters.num_a
         ratio = adapters.settings.plus_ratio
         stretches = [(slice(None), 1.0)]

@@ -2,9 +2,8 @@
 
 FLOP convention, per step: 4 for every weight of the frozen linears and token (forward and input
 gradient), 4 for every weight of the head and supervised token, 3.5 times the forward FLOPs of
-causal attention, 6 for every adapter weight and token. Where all weights train, 6 in place of
-both 4s. Recomputation is not counted. MFU is these FLOPs over seconds and the vendor's dense
-bfloat16 peak.
+causal attention, 6 for every adapter weight and token; 6 instead of the 4 where all weights train.
+Recomputation is not counted. MFU is these FLOPs over seconds and the vendor's dense bfloat16 peak.
 """
 
 import json
@@ -62,19 +61,26 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def step_flops(
     config: LlamaConfig,
-    num_adapter_weights: int,
+    num_adapter_weights: int | None,
     lengths: Sequence[int],
     supervised_tokens: int,
-    all_train: bool = False,
 ) -> float:
-    """Model FLOPs of a step over documents of these lengths, by the convention above."""
+    """Model FLOPs of a step over documents of these lengths, by the convention above.
+
+    Args:
+        config: the model's shape.
+        num_adapter_weights: what trains; None for all weights.
+        lengths: tokens of each document.
+        supervised_tokens: rows of the head.
+    """
     tokens = sum(lengths)
     linears = config.num_layers * sum(N * K for N, K, _ in projection_shapes(config).values())
     head = config.vocab_size * config.hidden_size
     pairs = sum(n * (n + 1) / 2 for n in lengths)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
-    base = (6 if all_train else 4) * (linears * tokens + head * supervised_tokens)
-    return base + 3.5 * attention + 6 * num_adapter_weights * tokens
+    passes = 6 if num_adapter_weights is None else 4
+    base = passes * (linears * tokens + head * supervised_tokens)
+    return base + 3.5 * attention + 6 * (num_adapter_weights or 0) * tokens
 
 
 def mfu(flops: float, seconds: float, device: torch.device) -> float | None:

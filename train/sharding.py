@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 
 from bioinstruct.model.checkpoint import Checkpoint, Rows
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.full import decays, ordered
-from bioinstruct.train.masters import Masters, Part
+from bioinstruct.train.full import FullMasters, decays, ordered
+from bioinstruct.train.masters import Part
 from bioinstruct.train.ranks import Ranks
 from bioinstruct.train.state import Piece
 
@@ -116,7 +116,7 @@ def _rows(model: Llama) -> dict[str, Rows]:
     return places
 
 
-class ShardedWeights(Masters):
+class ShardedWeights(FullMasters):
     """All weights of a sharded model: this rank's rows of them.
 
     Args:
@@ -174,12 +174,6 @@ class ShardedWeights(Masters):
     def num_writers(self) -> int:
         mesh = self.shards[0].device_mesh
         return mesh.size(mesh.ndim - 1)
-
-    def check_recovers(self) -> None:
-        raise ValueError(
-            "memory ran out on a rank while the others waited for its weights; set "
-            "data.max_tokens_per_pack lower, or train on more GPUs"
-        )
 
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
