@@ -24,7 +24,6 @@ from bioinstruct.train.metrics import step_flops
 from bioinstruct.train.outlook import Outlook, look
 from bioinstruct.train.planner import Planner
 from bioinstruct.train.prepare import Prepared
-from bioinstruct.train.ranks import ALONE, Ranks
 from bioinstruct.train.run import Run
 from bioinstruct.train.stand_in import BYTES, ByteCount
 from bioinstruct.train.tokens import Labels, TokenSet
@@ -34,18 +33,17 @@ GOOD_FILL = 0.98
 _GIB = 1 << 30
 
 
-def dry_run(run: Run, ranks: Ranks = ALONE) -> None:
+def dry_run(run: Run) -> None:
     """Check a run and print what it would do; only the token cache is written.
 
     Raises:
         ValueError: whatever would keep the run from starting.
     """
-    outlook = ranks.first_then_all(lambda: look(run))
-    if ranks.is_first:
-        for title, lines in _sections(outlook):
-            for i, line in enumerate(lines):
-                print(f"{title if i == 0 else '':<10} {line}".rstrip())
-        _print_sample(outlook)
+    outlook = look(run)
+    for title, lines in _sections(outlook):
+        for i, line in enumerate(lines):
+            print(f"{title if i == 0 else '':<10} {line}".rstrip())
+    _print_sample(outlook)
 
 
 def _sections(outlook: Outlook) -> Iterator[tuple[str, list[str]]]:

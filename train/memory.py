@@ -14,6 +14,7 @@ are attention, whose backends choose their own workspace, and what FSDP2 gathers
 Shapes   T tokens of a pack, S its supervised rows, H and G query and key heads, E their width.
 """
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable
@@ -158,15 +159,48 @@ class Pass(NamedTuple):
     peak: int
     """The most that is alive at once."""
 
+    def plus(self, bytes_: int) -> "Pass":
+        """The same with more kept all the while."""
+        return Pass(self.saved + bytes_, self.peak + bytes_)
+
 
 def pass_bytes(setup: Setup, pack: Pack, recomputed: int = 0) -> Pass:
-    """Run a pack forward and backward on the meta device and count.
+    """Count a pack's forward and backward pass.
+
+    Layers are alike, so a few of each kind are counted and the others added: from where one more
+    layer adds as much to the peak as it saves, every further one does.
 
     Args:
         setup: the model and what trains.
         pack: sizes.
         recomputed: so many layers keep only their input.
     """
+    lora = setup.lora
+    if lora is not None and (lora.layers or lora.rank_pattern or lora.alpha_pattern):
+        return counted_pass(setup, pack, recomputed)
+    whole, again = setup.config.num_layers - recomputed, min(recomputed, 2)
+
+    def count(kept: int, anew: int) -> Pass:
+        config = dataclasses.replace(setup.config, num_layers=kept + anew)
+        return counted_pass(dataclasses.replace(setup, config=config), pack, anew)
+
+    few = min(whole, 2)
+    found = count(few, again)
+    while few < whole:
+        more = count(few + 1, again)
+        layer = more.saved - found.saved
+        if more.peak - found.peak == layer:
+            found = found.plus((whole - few) * layer)
+            break
+        few, found = few + 1, more
+    if recomputed > again:
+        layer = count(min(whole, 2), again + 1).saved - count(min(whole, 2), again).saved
+        found = found.plus((recomputed - again) * layer)
+    return found
+
+
+def counted_pass(setup: Setup, pack: Pack, recomputed: int = 0) -> Pass:
+    """Run all layers of a pack forward and backward on the meta device and count."""
     model = Llama(setup.config, "meta", setup.dtype)
     model.recomputed_layers = recomputed
     adapters = masters = None

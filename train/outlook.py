@@ -21,6 +21,7 @@ from bioinstruct.model.llm import DTYPES, check_vocabulary, choose_dtype
 from bioinstruct.model.templates import Template, get_template, guess_template
 from bioinstruct.model.tokenizer import PATTERNS, Tokenizer, load_tokenizer
 from bioinstruct.train import hardware
+from bioinstruct.train.base import ROOM, recomputed_layers, resident_bytes
 from bioinstruct.train.demo import resolve
 from bioinstruct.train.hardware import Hardware
 from bioinstruct.train.memory import Pack, Setup
@@ -81,6 +82,7 @@ def look(run: Run) -> Outlook:
     files_of(run.data)
     prepare_jobs(run)
     device = hardware.find(run.plan.hardware, run.device)
+    recomputed_layers(run, base.config)
     tokenizer = _tokenizer(run, base)
     name = guess_template(tokenizer) if run.data.template == "auto" else run.data.template
     template = get_template(name, tokenizer)
@@ -151,14 +153,18 @@ def _setup(run: Run, config: LlamaConfig, device: Hardware, ranks: int) -> Setup
         dtype=dtype,
         device=device.kind,
         backend=choose_backend(run.attention, kind, dtype),
-        shards=_shards(run.shard, ranks),
+        shards=_shards(run, config, dtype, device, ranks),
         ema=run.train.ema > 0,
         answers=run.train.samples,
     )
 
 
-def _shards(shard: str, ranks: int) -> int:
-    """Ranks that the weights are spread over."""
+def _shards(run: Run, config: LlamaConfig, dtype: torch.dtype, device: Hardware, ranks: int) -> int:
+    """Ranks that the weights are spread over, as the run itself would choose."""
+    shard = run.shard
+    if shard == "auto":
+        needed = resident_bytes(config, dtype, run.train.method)
+        shard = "none" if needed <= ROOM * device.memory_bytes else "full"
     if shard == "hybrid":
         return min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_OF_A_MACHINE)))
     return ranks if shard == "full" else 1

@@ -20,6 +20,7 @@ from bioinstruct.train.memory import (
     Setup,
     Tally,
     adapter_count,
+    counted_pass,
     estimate,
     fewest_recomputed,
     fits,
@@ -142,11 +143,21 @@ def test_bytes_are_linear_in_layers_and_convex_in_tokens() -> None:
     def peak(layers: int, tokens: int) -> int:
         config = dataclasses.replace(UNTIED, num_layers=layers)
         setup = Setup(config=config, lora=ALL, dtype=torch.bfloat16)
-        return pass_bytes(setup, Pack(tokens, 4096, 128)).peak
+        return counted_pass(setup, Pack(tokens, 4096, 128)).peak
 
     assert peak(4, 8192) - peak(3, 8192) == peak(3, 8192) - peak(2, 8192)
     steps = [peak(3, (i + 1) * 4096) - peak(3, i * 4096) for i in range(1, 6)]
     assert steps == sorted(steps)  # convex, which largest_pack relies on
+
+
+@pytest.mark.parametrize("lora", [ALL, LoraSettings(r=4, targets=("o_proj",)), None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_layers_tell_of_all(lora: LoraSettings | None, dtype: torch.dtype) -> None:
+    for layers, recomputed, tokens in ((7, 0, 300), (9, 4, 300), (7, 6, 2000), (5, 5, 2000)):
+        config = dataclasses.replace(UNTIED, num_layers=layers)
+        setup = Setup(config=config, lora=lora, dtype=dtype)
+        pack = Pack(tokens, tokens // 3, 200)
+        assert pass_bytes(setup, pack, recomputed) == counted_pass(setup, pack, recomputed)
 
 
 def test_shards_hold_their_part_and_gather_a_block_at_a_time() -> None:
