@@ -37,10 +37,12 @@ def collate(
 
     Args:
         tokens: all samples.
-        samples: numbers of those in this pack.
+        samples: numbers of those in this pack; none gives empty_batch.
         draws: their draw numbers.
         device: where the tensors go.
     """
+    if not samples:
+        return empty_batch(device)
     ids, labels, rows, lengths, start = [], [], [], [], 0
     for i in samples:
         sample, prompt = tokens.sample(i)

@@ -119,7 +119,7 @@ class Checkpoints:
         self.saver.save(taken, keep, first)
 
     def _save_adapter(self, taken: Snapshot) -> None:
-        if self.optimizer.masters.adapters is None:
+        if self.prepared.adapters is None:
             return
         copy = Adapters(self.prepared.llm.config, self.prepared.adapters.settings)
         copy.flat_P.copy_(taken.pieces.get("average.flat", taken.pieces["masters.flat"]).rows)

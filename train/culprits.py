@@ -7,9 +7,8 @@ finite in a pack is not finite alone.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from bioinstruct.kernels.adamw import global_norm
 from bioinstruct.synth.console import note
 from bioinstruct.train.batch import collate
 from bioinstruct.train.metrics import MetricsLog
@@ -19,6 +18,7 @@ from bioinstruct.train.standing import Spike
 from bioinstruct.train.step import add_gradient
 
 SHOWN = 5
+T = TypeVar("T")
 
 
 class Share(NamedTuple):
@@ -65,11 +65,11 @@ def not_finite(prepared: Prepared, plan: StepPlan) -> list[str]:
 
     own = [
         prepared.tokens.places[i]
-        for pack in own_packs(prepared, prepared.tokens, plan)
+        for pack in _looked_at(prepared, plan)
         for group in halved(pack, is_bad)
         for i in group
     ]
-    return [place for places in prepared.ranks.gather(own) for place in places]
+    return _gathered(prepared, own)
 
 
 def foremost(prepared: Prepared, plan: StepPlan, what: str) -> list[tuple[str, float]]:
@@ -81,12 +81,23 @@ def foremost(prepared: Prepared, plan: StepPlan, what: str) -> list[tuple[str, f
         what: loss | grad_norm.
     """
     own = []
-    for pack in own_packs(prepared, prepared.tokens, plan):
+    for pack in _looked_at(prepared, plan):
         for i in pack:
             value: float = getattr(share(prepared, plan, [i]), what)
             own.append((prepared.tokens.places[i], value))
-    every = [pair for pairs in prepared.ranks.gather(own) for pair in pairs]
-    return sorted(every, key=lambda pair: -pair[1])[:SHOWN]
+    return sorted(_gathered(prepared, own), key=lambda pair: -pair[1])[:SHOWN]
+
+
+def _looked_at(prepared: Prepared, plan: StepPlan) -> list[list[int]]:
+    """The packs that this rank looks at: its own, or all where ranks must compute side by side."""
+    return plan.packs if prepared.masters.is_sharded else own_packs(prepared, prepared.tokens, plan)
+
+
+def _gathered(prepared: Prepared, own: list[T]) -> list[T]:
+    """What all ranks found, each thing once."""
+    if prepared.masters.is_sharded:
+        return own
+    return [one for found in prepared.ranks.gather(own) for one in found]
 
 
 def report_skipped(prepared: Prepared, plan: StepPlan, step: int, log: MetricsLog) -> None:
@@ -121,12 +132,13 @@ def report_spike(
 
 def share(prepared: Prepared, plan: StepPlan, samples: Sequence[int]) -> Share:
     """Run samples as a pack of their own; the flat gradient is empty before and after."""
-    model, adapters = prepared.llm.model, prepared.adapters
+    model, masters = prepared.llm.model, prepared.masters
     batch = collate(prepared.tokens, samples, plan.draws, model.device)
     scale = 1 / max(1, len(batch.labels_S))
-    loss = add_gradient(model, adapters, batch, scale, prepared.run.train.seed)
-    norm = global_norm(adapters.grad_P)
-    adapters.grad_P.zero_()
+    masters.before_pack(is_last=True)
+    loss = add_gradient(model, masters.adapters, batch, scale, prepared.run.train.seed)
+    norm = masters.gradient_norm()
+    masters.grad_P.zero_()
     return Share(float(loss), norm)
 
 

@@ -29,12 +29,20 @@ def _print_plan(prepared: Prepared) -> None:
 
 def summary(prepared: Prepared) -> str:
     """Return one line: samples, tokens, steps and what trains."""
-    tokens, run = prepared.tokens, prepared.run
+    tokens = prepared.tokens
     held = len(prepared.validation) if prepared.validation else 0
     supervised = tokens.supervised.sum() / tokens.lengths.sum()
     return (
         f"{len(tokens)} samples, {tokens.lengths.sum():,} tokens, {supervised:.1%} supervised, "
-        f"{held} held out; {prepared.num_steps} steps; LoRA r={run.lora.r} "
-        f"alpha={run.lora.alpha:g} on {', '.join(run.lora.targets)}: "
-        f"{prepared.adapters.flat_P.numel():,} trained parameters"
+        f"{held} held out; {prepared.num_steps} steps; {_trained(prepared)} trained parameters"
+    )
+
+
+def _trained(prepared: Prepared) -> str:
+    lora = prepared.run.lora
+    if prepared.adapters is None:
+        return f"all weights: {prepared.llm.config.parameter_count():,}"
+    return (
+        f"LoRA r={lora.r} alpha={lora.alpha:g} on {', '.join(lora.targets)}: "
+        f"{prepared.adapters.flat_P.numel():,}"
     )

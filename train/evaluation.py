@@ -51,7 +51,9 @@ def validation_losses(prepared: Prepared, held: TokenSet) -> list[GroupLoss]:
     draws = dict.fromkeys(range(len(held)), 0)  # no dropout here
     for pack in deal_packs(prepared, held, packs):
         batch = collate(held, pack, draws, prepared.llm.model.device)
-        sums[number[names[pack[0]]]] += summed_loss(prepared.llm.model, prepared.adapters, batch)
+        loss = summed_loss(prepared.llm.model, prepared.adapters, batch)
+        if pack:
+            sums[number[names[pack[0]]]] += loss
     totals = prepared.ranks.total(sums)
     tokens = [int(held.supervised[group].sum()) for group in members]
     return [GroupLoss(*g, t, n) for g, t, n in zip(groups, totals, tokens, strict=True)]
@@ -83,7 +85,7 @@ def validate(prepared: Prepared, step: int, out: Path, log: MetricsLog) -> float
         loss = sum(g.loss for g in losses) / tokens
         log.write({"step": step, "val_loss": loss, "val_tokens": tokens, **_by_group(losses)})
         note(f"validation loss {loss:.4f} after step {step}")
-    prepared.ranks.from_first(lambda: _write_samples(prepared, step, out))
+    prepared.on_first(lambda folder: _write_samples(prepared, step, folder), out)
     return loss
 
 
@@ -141,15 +143,15 @@ def score(prepared: Prepared, step: int, out: Path, log: MetricsLog) -> dict[str
         Value by score by task.
     """
 
-    def values() -> dict[str, dict[str, float]]:
+    def values(folder: Path) -> dict[str, dict[str, float]]:
         row: Row = score_tasks(
-            prepared.llm, prepared.jobs, prepared.template.name, out, f"step-{step}"
+            prepared.llm, prepared.jobs, prepared.template.name, folder, f"step-{step}"
         )
         return {
             r.job.task.name: {name: s.value for name, s in r.scores.items()} for r in row.results
         }
 
-    scores = prepared.ranks.from_first(values)
+    scores = prepared.on_first(values, out)
     log.write({"step": step, "scores": scores})
     for task, found in scores.items():
         told = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())

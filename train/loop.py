@@ -19,17 +19,19 @@ from torch.utils import deterministic
 
 from bioinstruct.eval.report import Row
 from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.llm import Llm
 from bioinstruct.synth.console import Stopped, note
 from bioinstruct.train import folder
 from bioinstruct.train.dry_run import summary
+from bioinstruct.train.full import FullMasters
+from bioinstruct.train.outcome import outcome_name
 from bioinstruct.train.prepare import Prepared, made, prepare
 from bioinstruct.train.ranks import ALONE, Ranks
 from bioinstruct.train.run import Run
 from bioinstruct.train.scores import score_tasks, stored_row, write_report
-from bioinstruct.train.standing import Standing
 from bioinstruct.train.tensorboard_log import check_installed
-from bioinstruct.train.trainer import BEST, Trainer
+from bioinstruct.train.trainer import Trainer
 
 
 def train(
@@ -63,7 +65,7 @@ def train(
     start_s = time.monotonic()
     out = ranks.from_first(lambda: folder.output_folder(run, recipe_name, resume))
     if resume and ranks.from_first(lambda: folder.is_finished(out)):
-        note(f"the run in {out} is finished; its adapter is in {out / 'adapter'}")
+        note(f"the run in {out} is finished; {outcome_name(run.train.method)}/ is what it made")
         return out
     if run.train.tensorboard:
         check_installed()
@@ -78,9 +80,9 @@ def train(
     rows: dict[str, Row] = {}
     try:
         if prepared.jobs and prepared.run.eval.before:
-            ranks.from_first(lambda: _score_before(rows, prepared, out))
+            _score_before(rows, prepared, out)
         trainer.run()
-        ranks.from_first(lambda: _finish(rows, prepared, out, trainer.standing, start_s))
+        _finish(rows, prepared, trainer, start_s)
     except KeyboardInterrupt:
         raise Stopped(trainer.hint()) from None
     return out
@@ -97,28 +99,44 @@ def _be_deterministic() -> None:
 
 def _score_before(rows: dict[str, Row], prepared: Prepared, out: Path) -> None:
     """Score the untrained model, or take the scores from before the interruption."""
-    stored = stored_row(prepared.jobs, out, "before")
     plain = Llm(prepared.llm.path, prepared.llm.model, prepared.llm.tokenizer)
-    rows["before"] = stored or _score(prepared, plain, out, "before")
+
+    def take_stored() -> bool:
+        stored = stored_row(prepared.jobs, out, "before")
+        if stored is not None:
+            rows["before"] = stored
+        return stored is not None
+
+    if not prepared.ranks.from_first(take_stored):
+        prepared.on_first(lambda own: _score(rows, prepared, plain, own, "before"), out)
 
 
-def _score(prepared: Prepared, llm: Llm, out: Path, stage: str) -> Row:
-    return score_tasks(llm, prepared.jobs, prepared.template.name, out, stage)
+def _score(rows: dict[str, Row], prepared: Prepared, llm: Llm, out: Path, stage: str) -> None:
+    rows[stage] = score_tasks(llm, prepared.jobs, prepared.template.name, out, stage)
 
 
-def _finish(
-    rows: dict[str, Row], prepared: Prepared, out: Path, standing: Standing, start_s: float
-) -> None:
+def _finish(rows: dict[str, Row], prepared: Prepared, trainer: Trainer, start_s: float) -> None:
     """Score what came out and close the run."""
-    kept = out / (BEST if standing.best_step is not None else "adapter")
+    out, standing = trainer.out, trainer.standing
+    kept = trainer.outcome if standing.best_step is None else trainer.best
     if prepared.jobs:
-        llm = prepared.llm
-        best = Adapters.load(kept, llm.config, llm.model.device)
-        tuned = Llm(llm.path, llm.model, llm.tokenizer, best)
-        rows["after"] = _score(prepared, tuned, out, "after")
-        seconds = time.monotonic() - start_s
-        print(write_report(out, prepared.run, rows, prepared.jobs, seconds))
-    folder.finish(out, standing.step)
+        tuned = _tuned(prepared, kept)
+        prepared.on_first(lambda own: _score(rows, prepared, tuned, own, "after"), out)
+        if prepared.ranks.is_first:
+            seconds = time.monotonic() - start_s
+            print(write_report(out, prepared.run, rows, prepared.jobs, seconds))
+    prepared.ranks.from_first(lambda: folder.finish(out, standing.step))
+    what = trainer.outcome.name
     if standing.best_step is not None:
-        note(f"the best adapter, of step {standing.best_step}, is in {kept}")
-    note(f"the adapter is in {out / 'adapter'}")
+        note(f"the best {what}, of step {standing.best_step}, is in {kept}")
+    note(f"the {what} is in {trainer.outcome}")
+
+
+def _tuned(prepared: Prepared, kept: Path) -> Llm:
+    """The model as a user will find it in the files."""
+    llm, masters = prepared.llm, prepared.masters
+    if isinstance(masters, FullMasters):
+        masters.read(open_checkpoint(kept))
+        return llm
+    best = Adapters.load(kept, llm.config, llm.model.device)
+    return Llm(llm.path, llm.model, llm.tokenizer, best)

@@ -43,6 +43,9 @@ class Masters:
         parts: of the masters, one after the other as in grad_P.
     """
 
+    is_sharded = False
+    """Whether ranks hold a part of the model each, so that all must compute side by side."""
+
     def __init__(self, grad_P: Tensor, parts: Iterable[Part]) -> None:
         self.grad_P, self.parts = grad_P, list(parts)
 
@@ -90,6 +93,11 @@ class Masters:
         Raises:
             ValueError: the other ranks wait for it in a collective and cannot be told.
         """
+        if self.is_sharded:
+            raise ValueError(
+                "memory ran out on a rank while the others waited for its weights; set "
+                "data.max_tokens_per_pack lower, train.checkpoint_layers higher, or take more GPUs"
+            )
 
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take a vector of this layout apart: (name, whole tensor), the same on all ranks.
@@ -99,15 +107,12 @@ class Masters:
         """
         raise AssertionError("each kind of masters has its own names")
 
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Undo named: write this rank's part of the whole tensors into flat_P."""
-        raise AssertionError("each kind of masters has its own names")
-
 
 class LoraMasters(Masters):
     """The adapters of a frozen model; with LoRA+ all B learn at a multiple of the rate of all A."""
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters, *, is_sharded: bool = False) -> None:
+        self.is_sharded = is_sharded
         flat_P, num_a = adapters.flat_P, adapters.num_a
         ratio = adapters.settings.plus_ratio
         stretches = [(slice(None), 1.0)]
@@ -123,7 +128,3 @@ class LoraMasters(Masters):
 
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "flat", flat_P
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for _, tensor in tensors:
-            flat_P.copy_(tensor)

@@ -2,7 +2,8 @@
 
 FLOP convention, per step: 4 for every weight of the frozen linears and token (forward and input
 gradient), 4 for every weight of the head and supervised token, 3.5 times the forward FLOPs of
-causal attention, 6 for every adapter weight and token. Recomputation is not counted.
+causal attention, 6 for every adapter weight and token; 6 instead of the 4 where all weights train.
+Recomputation is not counted.
 """
 
 import json
@@ -59,16 +60,27 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def step_flops(
-    config: LlamaConfig, num_adapter_weights: int, lengths: Sequence[int], supervised_tokens: int
+    config: LlamaConfig,
+    num_adapter_weights: int | None,
+    lengths: Sequence[int],
+    supervised_tokens: int,
 ) -> float:
-    """Model FLOPs of a LoRA step over documents of these lengths, by the convention above."""
+    """Model FLOPs of a step over documents of these lengths, by the convention above.
+
+    Args:
+        config: the model's shape.
+        num_adapter_weights: what trains; None for all weights.
+        lengths: tokens of each document.
+        supervised_tokens: rows of the head.
+    """
     tokens = sum(lengths)
     linears = config.num_layers * sum(N * K for N, K, _ in projection_shapes(config).values())
     head = config.vocab_size * config.hidden_size
     pairs = sum(n * (n + 1) / 2 for n in lengths)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
-    base = 4 * linears * tokens + 4 * head * supervised_tokens
-    return base + 3.5 * attention + 6 * num_adapter_weights * tokens
+    passes = 6 if num_adapter_weights is None else 4
+    base = passes * (linears * tokens + head * supervised_tokens)
+    return base + 3.5 * attention + 6 * (num_adapter_weights or 0) * tokens
 
 
 def mfu(flops: float, seconds: float, device: torch.device) -> float | None:

@@ -6,11 +6,12 @@ Everything that a user can get wrong shows here, before a step is taken or a fol
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -18,12 +19,13 @@ from bioinstruct.eval.runner import Job
 from bioinstruct.kernels.attention import self_test
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.llm import Llm, load
+from bioinstruct.model.llm import Llm
 from bioinstruct.model.templates import Template, get_template
 from bioinstruct.model.tokenizer import Tokenizer
 from bioinstruct.synth.console import note
+from bioinstruct.train.base import load_base, masters_of
 from bioinstruct.train.batch import Batch, collate
-from bioinstruct.train.demo import resolve
+from bioinstruct.train.masters import Masters
 from bioinstruct.train.metrics import step_flops
 from bioinstruct.train.mixture import files_of, load_mixture
 from bioinstruct.train.planner import Planner, StepPlan
@@ -33,6 +35,7 @@ from bioinstruct.train.run import Run
 from bioinstruct.train.scores import prepare_jobs
 from bioinstruct.train.tokens import Limits, TokenSet
 
+T = TypeVar("T")
 _PACKAGES = ("bioinstruct", "torch", "numpy", "safetensors", "sentencepiece", "tiktoken")
 
 
@@ -50,13 +53,34 @@ class Prepared:
     num_steps: int
     jobs: list[Job]
     """Tasks to score before and after training."""
+    masters: Masters
+    """What trains."""
     ranks: Ranks = ALONE
 
     @property
-    def adapters(self) -> Adapters:
-        """What trains."""
-        assert self.llm.adapters is not None
-        return self.llm.adapters
+    def adapters(self) -> Adapters | None:
+        """The adapters, where it is they that train."""
+        return self.masters.adapters
+
+    def on_first(self, work: Callable[[Path], T], out: Path) -> T:
+        """Let the first rank do what computes with the model and writes into a folder.
+
+        Where the model is spread over the ranks all of them must compute: the others do the same,
+        and what they write is thrown away.
+
+        Args:
+            work: called with the folder.
+            out: the first rank's folder.
+
+        Raises:
+            ValueError, OSError: what work raised, on every rank.
+        """
+        if not self.masters.is_sharded:
+            return self.ranks.from_first(lambda: work(out))
+        if self.ranks.is_first:
+            return work(out)
+        with tempfile.TemporaryDirectory() as folder:
+            return work(Path(folder))
 
 
 def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
@@ -87,9 +111,10 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
     template = get_template(name, llm.tokenizer)
     # the first rank encodes, the others find the cache
     data = ranks.first_then_all(lambda: plan_data(run, llm.config, llm.tokenizer, template))
-    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
-    run = dataclasses.replace(run, lora=llm.adapters.settings)
-    return Prepared(run, llm, template, *data, jobs, ranks)
+    masters = masters_of(run, llm, ranks)
+    if masters.adapters is not None:
+        run = dataclasses.replace(run, lora=masters.adapters.settings)
+    return Prepared(run, llm, template, *data, jobs, masters, ranks)
 
 
 class PlannedData(NamedTuple):
@@ -126,30 +151,26 @@ def plan_data(
     )
 
 
-def load_base(run: Run, ranks: Ranks) -> Llm:
-    """Load the model that the settings name onto this rank's device."""
-    return load(
-        resolve(run.model.path),
-        dtype=run.model.dtype,
-        device=run.device if ranks.size == 1 else str(ranks.device),
-        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
-        attention=run.attention,
-    )
-
-
 def own_packs(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> list[list[int]]:
     """Return this rank's packs of a step, dealt by their FLOPs."""
     return deal_packs(prepared, tokens, plan.packs)
 
 
 def deal_packs(prepared: Prepared, tokens: TokenSet, packs: Sequence[list[int]]) -> list[list[int]]:
-    """Return those of these packs that are this rank's, dealt by their FLOPs."""
+    """Return those of these packs that are this rank's, dealt by their FLOPs.
+
+    Where the model is spread over the ranks, all get as many: some are empty.
+    """
     lengths, supervised = tokens.lengths, tokens.supervised
     costs = [
         step_flops(prepared.llm.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
         for pack in packs
     ]
-    return [packs[number] for number in deal(costs, prepared.ranks.size)[prepared.ranks.rank]]
+    hands = deal(costs, prepared.ranks.size)
+    own = [packs[number] for number in hands[prepared.ranks.rank]]
+    if prepared.masters.is_sharded:
+        own += [[]] * (max(map(len, hands)) - len(own))
+    return own
 
 
 def own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:

@@ -43,15 +43,17 @@ def try_worst_pack(prepared: Prepared, step: int) -> None:
     Raises:
         OutOfRoom: on all ranks, when it did not fit into the memory of one.
     """
-    model, adapters = prepared.llm.model, prepared.adapters
+    model, masters = prepared.llm.model, prepared.masters
     pack, draws = worst_pack(prepared.planner, step)
     full = False
     try:
         batch = collate(prepared.tokens, pack, draws, model.device)
-        add_gradient(model, adapters, batch, 1.0, prepared.run.train.seed)
+        masters.before_pack(is_last=True)
+        add_gradient(model, masters.adapters, batch, 1.0, prepared.run.train.seed)
     except torch.OutOfMemoryError:
+        masters.check_recovers()
         full = True
-    adapters.grad_P.zero_()
+    masters.grad_P.zero_()
     if num_full := prepared.ranks.total([full])[0]:
         raise OutOfRoom(int(num_full))
 

@@ -164,7 +164,10 @@ class TrainSettings:
     samples: int = 3
     """Sample answers written at each evaluation."""
     method: str = "lora"
-    """What trains: lora."""
+    """What trains: lora | full (all weights)."""
+    checkpoint_layers: int = 0
+    """Layers, from the first on, that keep only their input and compute the rest again in the
+    backward pass: less memory, at most half as much work again with LoRA."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is skipped; end after so many in a row."""
     spikes: float = 10.0
@@ -188,7 +191,7 @@ class TrainSettings:
             _positive(f"train.{name}", getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "clip", "save_every", "eval_every", "samples"):
             _not_negative(f"train.{name}", getattr(self, name))
-        for name in ("patience", "spikes"):
+        for name in ("patience", "spikes", "checkpoint_layers"):
             _not_negative(f"train.{name}", getattr(self, name))
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
@@ -197,7 +200,7 @@ class TrainSettings:
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"train.decay_share = {self.decay_share} must be above 0, at most 1")
         _one_of("train.schedule", self.schedule, SCHEDULES)
-        _one_of("train.method", self.method, ("lora",))
+        _one_of("train.method", self.method, ("lora", "full"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,13 +260,19 @@ class Run:
     device: str = "auto"
     """auto | cpu | cuda | cuda:N."""
     shard: str = "auto"
-    """How weights are spread: auto | none (the whole model on each device)."""
+    """How weights are spread over ranks: auto | none (each holds all of them) | full (each holds a
+    part, FSDP2) | hybrid (a part within a machine, machines alike)."""
     out: str = ""
     """Folder of the results; empty: runs/<recipe>-<time>."""
     plan: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
-        _one_of("shard", self.shard, ("auto", "none"))
+        _one_of("shard", self.shard, ("auto", "none", "full", "hybrid"))
+        if self.train.method == "full" and self.lora != LoraSettings():
+            raise ValueError(
+                "train.method = 'full' trains all weights, so settings of [lora] have no effect; "
+                "leave them out"
+            )
         self._check_evaluations()
 
     def _check_evaluations(self) -> None:

@@ -22,7 +22,7 @@ files row by row: no rank ever holds the whole.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 
 from bioinstruct.model.checkpoint import Checkpoint, Rows
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.full import decays, ordered
-from bioinstruct.train.masters import Masters, Part
+from bioinstruct.train.full import FullMasters, decays, ordered
+from bioinstruct.train.masters import Part
 from bioinstruct.train.ranks import Ranks
 from bioinstruct.train.state import Piece
 
@@ -116,13 +116,15 @@ def _rows(model: Llama) -> dict[str, Rows]:
     return places
 
 
-class ShardedWeights(Masters):
+class ShardedWeights(FullMasters):
     """All weights of a sharded model: this rank's rows of them.
 
     Args:
         model: made by sharded_model, with trains.
         ranks: among whom it is spread.
     """
+
+    is_sharded = True
 
     def __init__(self, model: Llama, ranks: Ranks) -> None:
         assert isinstance(model, FSDPModule)
@@ -173,12 +175,6 @@ class ShardedWeights(Masters):
         mesh = self.shards[0].device_mesh
         return mesh.size(mesh.ndim - 1)
 
-    def check_recovers(self) -> None:
-        raise ValueError(
-            "memory ran out on a rank while the others waited for its weights; set "
-            "data.max_tokens_per_pack lower, or train on more GPUs"
-        )
-
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
         whole: dict[nn.Parameter, Tensor] = {}
@@ -188,18 +184,6 @@ class ShardedWeights(Masters):
                 local = flat_P[held[parameter]].view_as(parameter.to_local())
                 whole = {parameter: _like(parameter, local).full_tensor()}
             yield name, whole[parameter][first : first + rows]
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
-        pieces = self.model.pieces()
-        for name, tensor in tensors:
-            parameter, start, rows = pieces[name]
-            assert isinstance(parameter, DTensor)
-            local = flat_P[held[parameter]].view_as(parameter.to_local())
-            own = _first_row(parameter)
-            first, last = max(start, own), min(start + rows, own + len(local))
-            if first < last:
-                local[first - own : last - own].copy_(tensor[first - start : last - start])
 
 
 def _like(parameter: DTensor, local: Tensor) -> DTensor:

@@ -234,9 +234,10 @@ def _last_marked(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         yield before, True
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def summed_loss(model: Llama, adapters: Adapters | None, batch: Batch) -> float:
     """Sum of a pack's token losses, without gradient."""
+    # not inference_mode: FSDP keeps what it gathers here for passes with a gradient
     attend = model.packed_attention(batch.pack.documents)
     h_TD = model(batch.pack.ids_T, batch.pack.positions_T, attend, adapters)
     return float(linear_cross_entropy(h_TD, model.head_VD, batch.rows_S, batch.labels_S))

@@ -25,6 +25,7 @@ from bioinstruct.synth.files import write_text
 from bioinstruct.train import culprits, evaluation, folder
 from bioinstruct.train.checkpoints import Checkpoints
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
+from bioinstruct.train.outcome import outcome_name, save_outcome
 from bioinstruct.train.planner import StepPlan, learning_rate
 from bioinstruct.train.prepare import Prepared, own_batches
 from bioinstruct.train.profiling import Profile
@@ -33,9 +34,6 @@ from bioinstruct.train.standing import Standing
 from bioinstruct.train.step import Optimizer, OutOfRoom, StepResult, train_step
 from bioinstruct.train.stops import stop_requests
 from bioinstruct.train.tensorboard_log import tensorboard_writer
-
-BEST = "adapter-best"
-"""Folder of the adapter that is best by train.keep_best."""
 
 
 class _Taken(NamedTuple):
@@ -60,7 +58,7 @@ class Trainer:
     ) -> None:
         self.prepared, self.out, self.settings = prepared, out, prepared.run.train
         self.optimizer = Optimizer(
-            prepared.adapters,
+            prepared.masters,
             weight_decay=self.settings.weight_decay,
             clip=self.settings.clip,
             ema=self.settings.ema,
@@ -84,10 +82,23 @@ class Trainer:
 
     def hint(self) -> str:
         """Say where the run stands and how it goes on."""
+        where = f"the adapter so far is in {self.out / 'adapter'}"
+        if self.prepared.adapters is None:
+            where = "its state is saved"
         return (
-            f"stopped after step {self.standing.step} of {self.prepared.num_steps}; the adapter so "
-            f"far is in {self.out / 'adapter'}; continue with: {folder.resume_command(self.out)}"
+            f"stopped after step {self.standing.step} of {self.prepared.num_steps}; {where}; "
+            f"continue with: {folder.resume_command(self.out)}"
         )
+
+    @property
+    def outcome(self) -> Path:
+        """The folder of what came out in the end."""
+        return self.out / outcome_name(self.settings.method)
+
+    @property
+    def best(self) -> Path:
+        """The folder of what is best by train.keep_best."""
+        return self.out / f"{self.outcome.name}-best"
 
     def run(self) -> None:
         """Take all steps that are left.
@@ -104,6 +115,9 @@ class Trainer:
         try:
             with stop_requests() as asked:
                 self._run(asked)
+            if self.prepared.adapters is None:
+                with self.optimizer.averaged():
+                    save_outcome(self.prepared, self.outcome)
         finally:
             self.profile.close()
             self.checkpoints.saver.wait()
@@ -170,6 +184,7 @@ class Trainer:
         """Take one step, with smaller packs where memory runs out."""
         prepared, settings, step = self.prepared, self.settings, self.standing.step
         start_s = time.perf_counter()
+        prepared.ranks.begin_step(step + 1)
         lr = learning_rate(
             step,
             prepared.num_steps,
@@ -203,7 +218,7 @@ class Trainer:
         prepared, device = self.prepared, self.prepared.llm.model.device
         flops = step_flops(
             prepared.llm.config,
-            prepared.adapters.flat_P.numel(),
+            None if prepared.adapters is None else prepared.adapters.flat_P.numel(),
             prepared.tokens.lengths[list(plan.draws)].tolist(),
             plan.supervised_tokens,
         )
@@ -263,8 +278,7 @@ class Trainer:
                 scores = evaluation.score(prepared, step, self.out, self.log)
             better = self._judge(loss, scores)
             if better:
-                base = str(prepared.llm.path)
-                prepared.ranks.from_first(lambda: prepared.adapters.save(self.out / BEST, base))
+                save_outcome(prepared, self.best)
         return better
 
     def _judge(self, loss: float | None, scores: dict[str, dict[str, float]] | None) -> bool:
