@@ -29,7 +29,7 @@ from bioinstruct.train.outcome import outcome_name
 from bioinstruct.train.prepare import Prepared, made, prepare
 from bioinstruct.train.ranks import ALONE, Ranks
 from bioinstruct.train.run import Run
-from bioinstruct.train.scores import score_tasks, stored_row, write_report
+from bioinstruct.train.scores import check_best, score_tasks, stored_row, write_report
 from bioinstruct.train.tensorboard_log import check_installed
 from bioinstruct.train.trainer import Trainer
 
@@ -72,6 +72,7 @@ def train(
     if run.train.deterministic:
         _be_deterministic()
     prepared = prepare(dataclasses.replace(run, out=str(out)), ranks)
+    check_best(run.train.keep_best, prepared.jobs)
     note(summary(prepared))
     trainer = Trainer(prepared, out, profile)
     step = trainer.take_up() if resume else None

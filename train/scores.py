@@ -54,6 +54,24 @@ def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: 
     return row
 
 
+def check_best(keep_best: str, jobs: Sequence[Job]) -> None:
+    """Refuse a train.keep_best that names a score which its task does not have.
+
+    Raises:
+        ValueError: with the scores that the task has.
+    """
+    task, _, name = keep_best.partition(":")
+    for job in jobs:
+        if name and job.task.name == task:
+            # graded with the right answers, only to learn the names
+            known = grade(job, [item.gold for item in job.items]).scores
+            if name not in known:
+                raise ValueError(
+                    f"train.keep_best = {keep_best!r}: {task} has no score {name!r}, only "
+                    f"{', '.join(known)}"
+                )
+
+
 def stored_row(jobs: Sequence[Job], out: Path, stage: str) -> Row | None:
     """Read back what score_tasks wrote before an interruption.
 

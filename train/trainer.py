@@ -136,9 +136,8 @@ class Trainer:
             standing.evaluation_owed = False
             self._evaluate()
         while not self.over:
-            self.profile.before(standing.step + 1)
-            taken = self._step(asked)
-            self.profile.after(standing.step)
+            with self.profile.step(standing.step + 1):
+                taken = self._step(asked)
             row, stop = taken.row, any(taken.result.flags)
             progress.update(
                 standing.step, f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s"
