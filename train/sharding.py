@@ -155,10 +155,14 @@ class ShardedWeights(FullMasters):
         return math.sqrt(self.ranks.total([own * own])[0] / copies)
 
     def changed(self) -> None:
-        # what is still gathered holds old values
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop what a pass without gradient left gathered: the model shows its shards again."""
         self.root.reshard()
 
     def pieces(self, flat_P: Tensor) -> dict[str, Piece]:
+        self._let_go()
         held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
         pieces = {}
         for name, (parameter, start, rows) in self.model.pieces().items():
@@ -176,6 +180,7 @@ class ShardedWeights(FullMasters):
         return mesh.size(mesh.ndim - 1)
 
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
+        self._let_go()
         held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
         whole: dict[nn.Parameter, Tensor] = {}
         for name, (parameter, first, rows) in self.model.pieces().items():
