@@ -55,11 +55,16 @@ def load_base(run: Run, ranks: Ranks) -> Llm:
     else:
         model = sharded_model(checkpoint, ranks, mode=mode, dtype=dtype, trains=trains)
     model.attention_backend = choose_backend(run.attention, device, dtype)
-    model.recomputed_layers = _recomputed(run, checkpoint.config)
+    model.recomputed_layers = recomputed_layers(run, checkpoint.config)
     return Llm(path, model, words)
 
 
-def _recomputed(run: Run, config: LlamaConfig) -> int:
+def recomputed_layers(run: Run, config: LlamaConfig) -> int:
+    """Layers that keep only their input.
+
+    Raises:
+        ValueError: more than the model has.
+    """
     layers = run.train.checkpoint_layers
     if layers > config.num_layers:
         raise ValueError(
