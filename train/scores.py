@@ -46,7 +46,7 @@ def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: 
     """
     bars = progress_bars(f" {stage} training")
     results = run_tasks(llm, jobs, template=template, on_progress=bars)
-    adapter = None if llm.adapters is None else str(out / "adapter")
+    adapter = str(out / "adapter") if stage == "after" else None
     row = Row(system=f"{stage} tuning", model=str(llm.path), adapter=adapter, results=results)
     folder = out / f"eval-{stage}"
     write_samples(folder, row, 1)

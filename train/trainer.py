@@ -111,6 +111,11 @@ class Trainer:
         """The folder of what is best by train.keep_best."""
         return self.out / f"{self.outcome.name}-best"
 
+    @property
+    def kept(self) -> Path:
+        """The folder of what is best, or of what came out last where nothing is kept as best."""
+        return self.outcome if self.standing.best_step is None else self.best
+
     def run(self) -> None:
         """Take all steps that are left.
 
