@@ -239,6 +239,7 @@ def test_shapes_have_the_sizes_that_their_makers_state() -> None:
         "llama-2-13b": 13_015_864_320,
         "llama-3-8b": 8_030_261_248,
         "llama-3.1-8b": 8_030_261_248,
+        "llama-3.2-1b": 1_235_814_400,
     }
 
 
