@@ -79,7 +79,7 @@ def killed(command: list[str], out: Path, step: int, delay_s: float) -> dict[str
     return {
         "after_step": steps_taken(out),
         "resumed_from": int(resumed[1]) if resumed else 0,
-        "in_a_save": any(out.glob("state/.writing-*")) or any(out.glob("adapter/.writing-*")),
+        "in_a_save": any(out.rglob(".writing-*")),  # each resume deletes those before it
         "killed": process.returncode == -signal.SIGKILL,
     }
 

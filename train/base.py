@@ -128,8 +128,8 @@ def masters_of(run: Run, llm: Llm, ranks: Ranks) -> Masters:
     if run.train.method == "lora":
         if is_sharded and run.lora.init != LoraSettings.init:
             raise ValueError(
-                f"lora.init = {run.lora.init!r} takes a part out of every whole weight; set shard "
-                "= none, or leave it out"
+                f"lora.init = {run.lora.init!r} takes a part out of every whole weight; set "
+                "shard = none, or leave it out"
             )
         weights = None if is_sharded else model.destinations()
         llm.adapters = Adapters.starting(

@@ -346,8 +346,11 @@ def open_state(path: Path) -> State:
 
 
 def clear_unfinished(folder: Path) -> Sequence[Path]:
-    """Delete what a killed process left half-written; return it."""
-    left = sorted(folder.glob(f"{_WRITING}*")) if folder.is_dir() else []
+    """Delete what a killed process left half-written, anywhere in a run's folder; return it."""
+    left = sorted(folder.rglob(f"{_WRITING}*"))
     for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have stood in a folder that is gone already
     return left
