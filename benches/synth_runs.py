@@ -20,8 +20,9 @@ from typing import Any
 
 from bioinstruct.synth import estimate, generation, money
 from bioinstruct.synth.engine import Limits
-from bioinstruct.synth.journal import NAME, read_totals
+from bioinstruct.synth.journal import NAME
 from bioinstruct.synth.plan import Plan, Settings
+from bioinstruct.synth.totals import read_totals
 
 SERVER = Path(__file__).parents[1] / "tests" / "synth" / "server.py"
 PRICES = (2.5, 10.0)
@@ -80,7 +81,7 @@ def whole_run(module: ModuleType, words: int, records: int) -> dict[str, Any]:
             "records": len(result.records),
             "requests": len(server.seen),
             "seconds": round(took_s, 2),
-            "estimate_usd": round(estimate.from_settings(plan).cost / money.PICO, 4),
+            "estimate_usd": round(estimate.from_settings(plan, plan.prices).cost / money.PICO, 4),
             "after_20_usd": round(told, 4),
             "charged_usd": round(result.charged_usd, 4),
             "server_bill_usd": round(bill, 4),

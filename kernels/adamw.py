@@ -122,10 +122,15 @@ def clip_factor(grad_norm: float, max_norm: float) -> float:
     return max_norm / grad_norm if max_norm and grad_norm > max_norm else 1.0
 
 
-def global_norm(g_P: Tensor) -> float:
-    """Euclidean norm of the whole gradient; not finite exactly when an element is not finite."""
+def global_norm(g_P: Tensor) -> Tensor:
+    """Euclidean norm of the whole gradient; not finite exactly when an element is not finite.
+
+    Returns:
+        A float64 scalar on the gradient's device; who reads it waits for the device.
+    """
     if uses_triton(g_P):
         sums = g_P.new_zeros(NORM_PARTS)
         launch(_square_sums, (NORM_PARTS,), g_P, sums, g_P.numel(), BLOCK=BLOCK_P, num_warps=4)
-        return float(sums.sum(dtype=torch.float64).sqrt())
-    return float(torch.linalg.vector_norm(g_P, dtype=torch.float64))
+        return sums.sum(dtype=torch.float64).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(g_P, dtype=torch.float64)
+    return norm

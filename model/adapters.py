@@ -3,8 +3,8 @@
 All masters lie in one flat float32 buffer with a flat gradient beside it, so that the optimizer,
 the norm and the finiteness check see two vectors, whatever the number of layers. All A come
 first, then all B, because LoRA+ gives them different learning rates. A is initialised as PEFT does
-it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own; B starts at
-zero.
+it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own, and B starts
+at zero; or both are taken out of the weights (pissa.py).
 
 On disk: `adapter_model.safetensors` (float32, B unscaled) and `adapter_config.json` with PEFT's
 names and meaning (lora_settings.py, peft_config.py).
@@ -13,7 +13,8 @@ Shapes   K input and N output features of a projection, R rank, P = all adapter 
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from bioinstruct.kernels import Branch
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.lora_settings import TARGETS, LoraSettings, module_path
 from bioinstruct.model.peft_config import CONFIG, read_settings, to_peft
+from bioinstruct.model.pissa import Factors, difference, principal, subtract
 from bioinstruct.synth.files import replaces, write_text
 
 __all__ = ["CONFIG", "GROUPS", "TARGETS", "WEIGHTS", "Adapters", "LoraSettings", "Module"]
@@ -93,6 +95,8 @@ class Adapters:
         self.flat_P = torch.zeros(self.num_a + num_b, device=device, dtype=dtype)
         self.grad_P = torch.zeros_like(self.flat_P)
         self.modules: list[Module] = []
+        self.taken: list[Factors] = []
+        """With PiSSA, what each module's A and B began as, which the model's weights now lack."""
         self._groups: dict[tuple[int, str], list[Module]] = {}
         start_a, start_b = 0, self.num_a
         for place, R, (N, K, start) in zip(chosen, ranks, sizes, strict=True):
@@ -123,20 +127,69 @@ class Adapters:
 
     @classmethod
     def starting(
-        cls, config: LlamaConfig, asked: LoraSettings, device: torch.device | str, seed: int
+        cls,
+        config: LlamaConfig,
+        asked: LoraSettings,
+        device: torch.device | str,
+        seed: int,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> "Adapters":
         """Adapters that are ready to train: new ones, or those of asked.init_from.
 
+        Args:
+            config: the model's shape.
+            asked: the run's settings.
+            device: where the masters lie.
+            seed: of what is drawn.
+            weights: the model's own, by Hugging Face name; PiSSA, and nothing else, changes them.
+
         Raises:
-            ValueError: as for load; or asked contradicts the adapter that it continues.
+            ValueError: as for load; or asked contradicts the adapter that it continues; or PiSSA is
+                to take more out of a weight than there is.
         """
-        if not asked.init_from:
-            new = cls(config, asked, device)
+        if asked.init_from:
+            found = cls.load(Path(asked.init_from), config, device)
+            found.settings = asked.continuing(found.settings)
+            return found
+        new = cls(config, asked, device)
+        if asked.init == LoraSettings.init:
             new.initialise(seed)
-            return new
-        found = cls.load(Path(asked.init_from), config, device)
-        found.settings = asked.continuing(found.settings)
-        return found
+        else:
+            assert weights is not None
+            new.take_principal(weights, seed)
+        return new
+
+    @torch.no_grad()
+    def take_principal(self, weights: Mapping[str, Tensor], seed: int) -> float:
+        """Move the principal part of every adapted weight into its A and B (PiSSA).
+
+        The same weights, settings and seed give the same numbers again, so that a run can resume.
+
+        Args:
+            weights: the model's, by Hugging Face name; what is taken is subtracted in place.
+            seed: of the random products of pissa_niter_N.
+
+        Returns:
+            How far rounding moved the weights: the norm of the changes over that of the weights.
+
+        Raises:
+            ValueError: a rank is larger than a side of its weight.
+        """
+        init, changed, whole = self.settings.init, 0.0, 0.0
+        for module in self.modules:
+            weight_NK, rank = weights[module.name], len(module.a_RK)
+            if rank > min(weight_NK.shape):
+                raise ValueError(
+                    f"lora.init = {init!r} cannot take {rank} singular values out of "
+                    f"{module.name}, which has {min(weight_NK.shape)}; lower lora.r"
+                )
+            whole += float(weight_NK.norm(dtype=torch.float32)) ** 2
+            part = principal(weight_NK, rank, module.scale, init, seed)
+            changed += subtract(weight_NK, part, module.scale) ** 2
+            module.a_RK.copy_(part.a_RK)
+            module.b_NR.copy_(part.b_NR)
+            self.taken.append(Factors(module.a_RK.clone(), module.b_NR.clone()))
+        return math.sqrt(changed / whole)
 
     def initialise(self, seed: int) -> None:
         """Draw A uniformly within +-1/sqrt(K) and set B to zero."""
@@ -151,6 +204,9 @@ class Adapters:
     def save(self, folder: Path, base_model: str) -> None:
         """Write PEFT's two files, then read them back and compare.
 
+        What was taken out of the weights (PiSSA) is subtracted: the files belong to the model as it
+        was loaded, and have twice the rank.
+
         Args:
             folder: created when missing; existing adapter files are replaced.
             base_model: what the adapter was trained on, noted in the configuration.
@@ -158,19 +214,29 @@ class Adapters:
         Raises:
             OSError: the folder cannot be written to, or the disk is full.
         """
-        tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in self._named()}
+        own = {key: tensor.detach() for key, tensor in self._named(self._added())}
+        tensors = {key: tensor.float().cpu().contiguous() for key, tensor in own.items()}
         with replaces(folder / WEIGHTS) as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
             written = safetensors.torch.load_file(temporary)
             if any(not torch.equal(written[key], tensor) for key, tensor in tensors.items()):
                 raise OSError(f"{folder / WEIGHTS} read back differently than it was written")
-        write_text(folder / CONFIG, json.dumps(to_peft(self.settings, base_model), indent=2))
+        settings = self.settings.doubled() if self.taken else self.settings
+        write_text(folder / CONFIG, json.dumps(to_peft(settings, base_model), indent=2))
 
-    def _named(self) -> list[tuple[str, Tensor]]:
+    @torch.no_grad()
+    def _added(self) -> list[Factors]:
+        """What each module adds to the weights as they were loaded."""
+        own = [Factors(module.a_RK, module.b_NR) for module in self.modules]
+        if not self.taken:
+            return own
+        return [difference(now, start) for now, start in zip(own, self.taken, strict=True)]
+
+    def _named(self, added: Sequence[Factors]) -> list[tuple[str, Tensor]]:
         return [
             (_KEY.format(layer=m.layer, path=m.path, which=which), tensor)
-            for m in self.modules
-            for which, tensor in (("A", m.a_RK), ("B", m.b_NR))
+            for m, part in zip(self.modules, added, strict=True)
+            for which, tensor in zip("AB", part, strict=True)
         ]
 
     @classmethod
@@ -196,7 +262,7 @@ class Adapters:
         return adapters
 
     def _fill(self, tensors: dict[str, Tensor], path: Path) -> None:
-        wanted = dict(self._named())
+        wanted = dict(self._named(self._added()))
         wrong = [f"missing {key}" for key in wanted if key not in tensors]
         wrong += [f"unknown {key}" for key in tensors if key not in wanted]
         for key in wanted.keys() & tensors.keys():

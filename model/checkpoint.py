@@ -11,10 +11,7 @@ dtype on the way. Writing goes to a folder of another name that takes its place 
 """
 
 import json
-import math
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,20 +25,15 @@ from bioinstruct.model.fields import shown
 from bioinstruct.model.gguf_header import gguf_parts
 from bioinstruct.model.meta_files import SHARDS, meta_shards, read_meta
 from bioinstruct.model.pickled import read_pickled
-from bioinstruct.model.stored import (
-    StoredTensor,
-    check_start,
-    read_safetensors,
-    write_safetensors,
-)
-from bioinstruct.synth.files import replaces, write_text
+from bioinstruct.model.stored import StoredTensor, check_start, read_safetensors
+from bioinstruct.model.written import check_values, checked, new_folder, some, write_safetensors
+from bioinstruct.synth.files import write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MAX_LISTED = 10  # tensors named in a message, of each kind
 
 
 class Rows(NamedTuple):
@@ -102,7 +94,7 @@ class Checkpoint:
             if name in places and places[name].destination.numel():
                 _, start, destination = places[name]
                 source = stored.read()[start : start + len(destination)]
-                _check_values(f"{self.path}: {name}", source, destination.dtype)
+                check_values(f"{self.path}: {name}", source, destination.dtype)
                 destination.copy_(source)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -196,25 +188,19 @@ def save_checkpoint(
         ValueError: the folder holds something, or the tensors are not the model's.
         OSError: the disk is full or not writable.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not empty; give a folder that is not there yet")
-    target = folder.resolve()  # a link to an empty folder stays a link
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".writing-{target.name}-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        checked = _checked(config, pairs, dtype)
-        first = next(checked)
-        names = _write_weights(temporary, chain([first], checked), max_shard_bytes)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
+    with new_folder(folder) as temporary:
+        weights = checked(config, pairs, dtype)
+        first = next(weights)
+        shapes = config.tensor_shapes()
+        written = write_safetensors(temporary, chain([first], weights), shapes, max_shard_bytes)
+        names = list(dict.fromkeys(written.places.values()))
+        if len(names) > 1:
+            index = {"metadata": {"total_size": written.size}, "weight_map": written.places}
+            write_text(temporary / INDEX, _json(index))
+            names.append(INDEX)
         stored = {"torch_dtype": str(first[1].dtype).removeprefix("torch.")}
         write_text(temporary / "config.json", _json(config.to_hf() | stored))
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return [folder / name for name in [*names, "config.json"]]
 
 
@@ -253,7 +239,7 @@ def _refuse_folder(folder: Path) -> NoReturn:
     if "adapter_model.safetensors" in files:
         raise ValueError(f"{folder}: holds an adapter, not a model; give the adapter's base model")
     if shards := [name for name in files if name.endswith((".safetensors", ".bin"))]:
-        raise ValueError(f"{folder}: holds {_some(shards)} without an index; {wanted}")
+        raise ValueError(f"{folder}: holds {some(shards)} without an index; {wanted}")
     raise ValueError(f"{folder}: holds no weights; {wanted}")
 
 
@@ -263,14 +249,14 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{index}: weight_map is {shown(places)}; it must name each tensor's file")
     files = sorted({_plain_name(index, place) for place in places.values()})
     if missing := [name for name in files if not (index.parent / name).exists()]:
-        raise ValueError(f"{index}: names {_some(missing)}, which is not there; download it too")
+        raise ValueError(f"{index}: names {some(missing)}, which is not there; download it too")
     tensors: dict[str, StoredTensor] = {}
     for name in files:
         shard = _read_file(index.parent / name)
         if absent := [t for t, place in places.items() if place == name and t not in shard]:
-            raise ValueError(f"{index}: {_some(absent)} should be in {name}, but is not")
+            raise ValueError(f"{index}: {some(absent)} should be in {name}, but is not")
         if twice := sorted(shard.keys() & tensors.keys()):
-            raise ValueError(f"{index}: {_some(twice)} is in {name} and in another shard")
+            raise ValueError(f"{index}: {some(twice)} is in {name} and in another shard")
         tensors |= shard
     return tensors
 
@@ -293,87 +279,12 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_values(what: str, source: Tensor, dtype: torch.dtype) -> None:
-    # both ends in one pass; NaN wins over every number
-    low, high = (end.item() for end in source.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{what} holds NaN or infinite values; these weights are damaged")
-    if (largest := max(-low, high)) > torch.finfo(dtype).max:
-        raise ValueError(
-            f"{what} reaches {largest:g}, which {dtype} cannot hold; use a wider dtype"
-        )
-
-
-def _checked(
-    config: LlamaConfig, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield owned, contiguous CPU copies of the tensors; refuse what is not the model's."""
-    missing = config.tensor_shapes()
-    for name, tensor in pairs:
-        shape = missing.pop(name, None)
-        if shape is None:
-            raise ValueError(f"{name}: is no tensor of this model, or was given twice")
-        if shape != tuple(tensor.shape):
-            raise ValueError(f"{name}: is {tuple(tensor.shape)}, the model needs {shape}")
-        stored_dtype = dtype or tensor.dtype
-        _check_values(name, tensor.detach(), stored_dtype)
-        # a copy, because the producer may reuse its buffer, and parts of a buffer share storage
-        yield name, torch.empty(shape, dtype=stored_dtype).copy_(tensor.detach())
-    if missing:
-        raise ValueError(f"{_some(list(missing))}: the model needs it, but it was not given")
-
-
-def _write_weights(
-    folder: Path, pairs: Iterable[tuple[str, Tensor]], max_shard_bytes: int
-) -> list[str]:
-    """Write the weights and, for more than one shard, their index; return the files' names."""
-    shards: list[list[str]] = []
-    total_bytes = 0
-    for number, shard in enumerate(_grouped(pairs, max_shard_bytes)):
-        with replaces(folder / f"shard-{number}") as file:
-            write_safetensors(file, shard)
-        shards.append(list(shard))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-        shard.clear()  # before the next one is collected
-    # how many there are is known only now
-    count = len(shards)
-    files = [f"model-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
-    files = files if count > 1 else [SINGLE]
-    for number, name in enumerate(files):
-        (folder / f"shard-{number}").rename(folder / name)
-    if count == 1:
-        return files
-    places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
-    write_text(folder / INDEX, _json(index))
-    return [*files, INDEX]
-
-
-def _grouped(
-    pairs: Iterable[tuple[str, Tensor]], max_shard_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    shard_bytes = 0
-    for name, tensor in pairs:
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard, shard_bytes = {}, 0
-        shard[name] = tensor
-        shard_bytes += tensor.nbytes
-    yield shard
-
-
 def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
 def _listed(found: Mapping[str, list[str]]) -> str:
-    return "\n".join(f"  {len(v)} {what}: {_some(v)}" for what, v in found.items() if v)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return "\n".join(f"  {len(v)} {what}: {some(v)}" for what, v in found.items() if v)
 
 
 if __name__ == "__main__":  # python -m bioinstruct.model.checkpoint

@@ -23,6 +23,7 @@ from bioinstruct.model.gguf_tensors import BLOCK_NAMES, OUTER_NAMES
 from bioinstruct.model.rope_scaling import LinearRopeScaling, Llama3RopeScaling
 from bioinstruct.model.rotary_rows import permute_rows
 from bioinstruct.model.tokenizer import GgufWords, Tokenizer
+from bioinstruct.model.written import check_values
 from bioinstruct.synth.files import replaces
 
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
@@ -31,6 +32,7 @@ UNUSED = 5  # type of a token that only fills the embedding's rows
 _BLOCK = {hf: own for own, hf in BLOCK_NAMES.items()}
 _OUTER = {hf: own for own, hf in OUTER_NAMES.items()}
 _ROPE = "rope_freqs.weight"
+MAX_NUMBERS = 1 << 22  # of a tensor that are in memory as float32
 
 
 def save_gguf(
@@ -78,7 +80,11 @@ def save_gguf(
             writer.write_tensor_data(stretch)
         for (name, tensor), expected in zip(tensors, plan, strict=True):
             assert name == expected
-            writer.write_tensor_data(_stored(gguf, name, tensor, config, types[name]))
+            # block scales are float16 too
+            held = torch.float32 if types[name].name == "F32" else torch.float16
+            check_values(name, tensor.detach(), held)
+            ordered = _ordered(name, tensor, config)
+            writer.write_tensor_data(_Stored(gguf, ordered, types[name]))
 
 
 def _gguf() -> Any:
@@ -154,15 +160,25 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_BLOCK['.'.join(stem)]}.{last}"
 
 
-def _stored(
-    gguf: Any, name: str, tensor: Tensor, config: LlamaConfig, kind: Any
-) -> np.ndarray[Any, Any]:
+def _ordered(name: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
+    """The rows of a tensor as llama.cpp wants them."""
     heads: Mapping[str, int] = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     part = name.split(".")[-2]
     if part in heads and FAMILIES[config.family].interleaved:
-        tensor = permute_rows(tensor, heads[part])
-    wide = np.ascontiguousarray(tensor.detach().to("cpu", torch.float32).numpy())
-    largest = float(np.abs(wide).max(initial=0.0))
-    if not largest <= (float(np.finfo(np.float16).max) if kind.name != "F32" else math.inf):
-        raise ValueError(f"{name} reaches {largest:g}, which {kind.name} cannot hold; use f32")
-    return np.asarray(gguf.quants.quantize(wide, kind))
+        return permute_rows(tensor, heads[part])
+    return tensor
+
+
+class _Stored:
+    """What gguf's writer asks of an array, `nbytes` and `tofile`, without ever being one: the rows
+    are turned into the file's type a few at a time."""
+
+    def __init__(self, gguf: Any, tensor: Tensor, kind: Any) -> None:
+        self.nbytes = _bytes(gguf, tuple(tensor.shape), kind)
+        self._gguf, self._tensor, self._kind = gguf, tensor.detach(), kind
+
+    def tofile(self, file: Any) -> None:
+        width = self._tensor.shape[-1]
+        for rows in self._tensor.reshape(-1, width).split(max(1, MAX_NUMBERS // width)):
+            wide = np.ascontiguousarray(rows.to("cpu", torch.float32).numpy())
+            file.write(np.asarray(self._gguf.quants.quantize(wide, self._kind)).data)

@@ -55,6 +55,11 @@ class LoraSettings:
     """Pattern of a module's name -> its rank, where it is not r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Pattern of a module's name -> its alpha, where it is not alpha."""
+    init: str = "kaiming"
+    """How a new adapter starts: kaiming (A uniform, B zero), pissa (A and B are the r largest
+    singular triplets of each weight, which keeps the rest; arXiv 2404.02948), or pissa_niter_N (the
+    same by N subspace iterations, far faster). A PiSSA adapter is saved with twice the rank, for
+    the unchanged model; weight decay would pull at the model's own weights."""
     init_from: str = ""
     """Folder of a PEFT adapter to continue, with its rank, scale and targets; empty: a new one."""
     plus_ratio: float = 1.0
@@ -78,6 +83,43 @@ class LoraSettings:
             _check_target(target)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             _check_pattern(pattern)
+        self._check_init()
+
+    def _check_init(self) -> None:
+        if not re.fullmatch(r"kaiming|pissa|pissa_niter_\d{1,3}", self.init):
+            raise ValueError(
+                f"lora.init = {self.init!r} is unknown; allowed are kaiming, pissa and "
+                "pissa_niter_N, such as pissa_niter_4"
+            )
+        if self.init == "kaiming":
+            return
+        if self.init_from:
+            raise ValueError(
+                f"lora.init = {self.init!r} contradicts lora.init_from, which starts from the "
+                "adapter there; leave one of them out"
+            )
+        if self.dropout:
+            raise ValueError(
+                f"lora.dropout = {self.dropout} would drop parts of the model itself, which "
+                f"lora.init = {self.init!r} moves into the branches; set lora.dropout = 0"
+            )
+        if (rank := max(self.r, *self.rank_pattern.values(), 0)) > MAX_RANK // 2:
+            raise ValueError(
+                f"lora.init = {self.init!r} saves adapters of twice the rank, and {rank} is more "
+                f"than half of {MAX_RANK}; allowed are ranks from 1 to {MAX_RANK // 2}"
+            )
+
+    def doubled(self) -> "LoraSettings":
+        """Settings of a plain adapter with twice the ranks and the same scales."""
+        more = math.sqrt(2) if self.rslora else 2.0
+        return dataclasses.replace(
+            self,
+            init=LoraSettings.init,
+            r=2 * self.r,
+            alpha=more * self.alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: more * alpha for key, alpha in self.alpha_pattern.items()},
+        )
 
     @property
     def scale(self) -> float:

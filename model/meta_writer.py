@@ -2,9 +2,8 @@
 
 import json
 import re
-import secrets
-import shutil
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from torch import Tensor
 
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.meta_files import BLOCK, OUTER, PARAMS
+from bioinstruct.model.pickled_writer import PickledFile
 from bioinstruct.model.rope_scaling import Llama3RopeScaling
 from bioinstruct.model.rotary_rows import permute_rows
-from bioinstruct.synth.files import replaces, write_text
+from bioinstruct.model.written import checked, new_folder
+from bioinstruct.synth.files import write_text
 
 WEIGHTS = "consolidated.00.pth"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.weight")
@@ -46,27 +47,15 @@ def save_meta(
         OSError: the disk is full or not writable.
     """
     params = _params(config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not empty; give a folder that is not there yet")
     heads = {"self_attn.q_proj": config.num_heads, "self_attn.k_proj": config.num_kv_heads}
-    content = {}
-    for name, tensor in tensors:
-        layer = _LAYER.fullmatch(name)
-        if layer is not None and layer[2] in heads:
-            tensor = permute_rows(tensor, heads[layer[2]])
-        stored = tensor.detach().to("cpu", dtype or tensor.dtype)
-        content[_meta_name(name)] = stored.contiguous()
-    temporary = folder.with_name(f".writing-{folder.name}-{secrets.token_hex(4)}")
-    try:
-        with replaces(temporary / WEIGHTS) as file:
-            torch.save(content, file)
+    with new_folder(folder) as temporary:
+        with closing(PickledFile(temporary / WEIGHTS)) as file:
+            for name, tensor in checked(config, tensors, dtype):
+                layer = _LAYER.fullmatch(name)
+                if layer is not None and layer[2] in heads:
+                    tensor = permute_rows(tensor, heads[layer[2]])
+                file.add(_meta_name(name), tensor)
         write_text(temporary / PARAMS, json.dumps(params, indent=2) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return [folder / WEIGHTS, folder / PARAMS]
 
 

@@ -6,23 +6,15 @@ filling it takes little more than the memory of the model itself: pages of the m
 file's own and the system drops them when memory runs short.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
-_FLOATS = frozenset(_NAMES.values())
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class StoredTensor(NamedTuple):
@@ -50,32 +42,6 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             "download or copy it again"
         ) from None
     return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118  not a dict
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one .safetensors file, tensor by tensor, without a second copy of them in memory.
-
-    The safetensors package turns all of a file's tensors into bytes before it writes the first.
-
-    Args:
-        path: the file; it is overwritten.
-        tensors: contiguous CPU tensors of float dtypes.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        shape, dtype = list(tensor.shape), _NAMES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def check_start(path: Path, *, pickled: bool = False) -> None:

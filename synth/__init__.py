@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bioinstruct.synth.batching import batch
     from bioinstruct.synth.generation import generate
 
-__all__ = ["generate"]
+__all__ = ["batch", "generate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from bioinstruct.synth.generation import generate
 
         return generate
+    if name == "batch":
+        from bioinstruct.synth.batching import batch
+
+        return batch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

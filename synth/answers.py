@@ -9,40 +9,38 @@ import contextlib
 import itertools
 import json
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from bioinstruct.synth.journal import Text
+from bioinstruct.synth.totals import Text
 
 FIELDS = ("instruction", "input", "output")
-_TASK: dict[str, Any] = {
-    "type": "object",
-    "properties": {field: {"type": "string"} for field in FIELDS},
-    "required": list(FIELDS),
-    "additionalProperties": False,
-}
-SCHEMA: dict[str, Any] = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "tasks",
-        "strict": True,
-        "schema": {
-            "type": "object",
-            "properties": {"tasks": {"type": "array", "items": _TASK}},
-            "required": ["tasks"],
-            "additionalProperties": False,
-        },
-    },
-}
 _DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in strings
 _MARK = r"[ \t]*(?:[#*]+[ \t]*)?"
 _ITEM = re.compile(rf"^{_MARK}\d+[.)]{_MARK}Instruction{_MARK}:{_MARK}", re.I | re.M)
 _INPUT = re.compile(rf"^{_MARK}(?:\d+[.)])?{_MARK}Input{_MARK}:{_MARK}", re.I | re.M)
 _OUTPUT = re.compile(rf"^{_MARK}(?:\d+[.)])?{_MARK}Output{_MARK}:{_MARK}", re.I | re.M)
+_CATEGORY = re.compile(
+    rf"^{_MARK}(?:\d+[.)])?{_MARK}Category{_MARK}:{_MARK}(?=\w+\s*\Z)", re.I | re.M
+)
 _REFUSAL = re.compile(
     r"^(?:i(?:'|\u2019)?m sorry|i am sorry|sorry,|i can(?:no|')?t |i(?:'| a)m (?:unable|not able)|"
     r"as an ai\b)",
     re.I,
 )
+
+
+def schema(categories: Collection[str] = ()) -> dict[str, Any]:
+    """Return the JSON schema of an answer, in the endpoint's form; with the field `category`, one
+    of categories, where there are some."""
+    fields: dict[str, Any] = {field: {"type": "string"} for field in FIELDS}
+    if categories:
+        fields["category"] = {"type": "string", "enum": list(categories)}
+    task = {"type": "object", "properties": fields, "required": list(fields)}
+    tasks = {"type": "array", "items": task | {"additionalProperties": False}}
+    whole = {"type": "object", "properties": {"tasks": tasks}, "required": ["tasks"]}
+    named = {"name": "tasks", "strict": True, "schema": whole | {"additionalProperties": False}}
+    return {"type": "json_schema", "json_schema": named}
 
 
 class Candidate(NamedTuple):
@@ -53,6 +51,8 @@ class Candidate(NamedTuple):
     output: str
     problem: str = ""
     """What is wrong with it before any rule is asked: malformed, truncated, refusal, ..."""
+    category: str = ""
+    """What the model says it is, where it was asked."""
 
 
 def candidates(text: Text, form: str) -> list[Candidate]:
@@ -103,7 +103,11 @@ def _from_value(value: object) -> Candidate:
     if isinstance(value, dict):
         given, shown, done = (value.get(field) for field in FIELDS)
         if isinstance(given, str) and isinstance(shown, str) and isinstance(done, str):
-            return Candidate(_whole(given).strip(), _whole(shown).strip(), _whole(done).strip())
+            given, shown, done = (_whole(text).strip() for text in (given, shown, done))
+            category = value.get("category")
+            return Candidate(
+                given, shown, done, category=category if isinstance(category, str) else ""
+            )
     return Candidate("", "", json.dumps(value), "malformed")
 
 
@@ -132,11 +136,11 @@ def _from_item(item: str) -> Candidate:
     if head is None or given is None or answer is None:
         return Candidate("", "", item, "malformed")
     instruction = item[head.end() : given.start()]
-    return Candidate(
-        instruction.strip(),
-        item[given.end() : answer.start()].strip(),
-        item[answer.end() :].strip(),
-    )
+    done, category = item[answer.end() :], ""
+    if named := _CATEGORY.search(done):
+        done, category = done[: named.start()], done[named.end() :].strip()
+    shown = item[given.end() : answer.start()]
+    return Candidate(instruction.strip(), shown.strip(), done.strip(), category=category)
 
 
 def _inspected(item: Candidate) -> Candidate:

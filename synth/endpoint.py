@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from bioinstruct.synth.journal import Answer, Text
-from bioinstruct.synth.money import Usage
+from bioinstruct.synth.money import Prices, Usage, shown
+from bioinstruct.synth.totals import Answer, Text
 
 OPENAI = "https://api.openai.com/v1"
 KEY_ENV = "OPENAI_API_KEY"
@@ -105,6 +105,26 @@ def read_response(key: str, status: int, raw: bytes) -> Answer:
         fingerprint if isinstance(fingerprint, str) else "",
         complete=text is not None,
         text=text,
+    )
+
+
+def charge(answer: Answer, prices: Prices, worst: int) -> int:
+    """Return what a response is charged, in picodollars: all that was reserved for it where its
+    bill is unknown, nothing for an error."""
+    if answer.status != 200:
+        return 0
+    return prices.cost(answer.usage) if answer.usage else worst
+
+
+def overbilled(answer: Answer, cost: int, worst: int) -> ValueError | None:
+    """Return what to raise where a bill is above its reservation, or None."""
+    if cost <= worst or answer.usage is None:
+        return None
+    return ValueError(
+        f"the endpoint billed {answer.usage.prompt_tokens} + {answer.usage.completion_tokens} "
+        f"tokens, {shown(cost)}, for a request whose worst case was {shown(worst)}: it does not "
+        "keep to the output cap, so no budget can be kept; correct `cap` in the model's entry "
+        "(--models)"
     )
 
 

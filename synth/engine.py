@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from bioinstruct.synth import endpoint as endpoints
+from bioinstruct.synth.cache import Cache
 from bioinstruct.synth.console import Stopped
 from bioinstruct.synth.endpoint import Endpoint
-from bioinstruct.synth.journal import Answer, Journal
+from bioinstruct.synth.journal import Journal
 from bioinstruct.synth.models import Request
 from bioinstruct.synth.money import Ledger, Prices, shown
 from bioinstruct.synth.pace import Gate, retry_after_s
+from bioinstruct.synth.totals import Answer
 
 MAX_TRIES = 20  # of one request, rate refusals not counted
 BACKOFF_S, BACKOFF_MOST_S = 0.5, 60.0
@@ -69,6 +71,7 @@ class Engine:
         ledger: with what the journal was charged already.
         prices: of the model, to reserve and settle by.
         limits: how hard to drive the endpoint.
+        cache: answers shared with other runs, or None.
     """
 
     def __init__(
@@ -79,7 +82,9 @@ class Engine:
         ledger: Ledger,
         prices: Prices,
         limits: Limits,
+        cache: Cache | None = None,
     ) -> None:
+        self.cache = cache
         self.endpoint, self.journal, self.ledger = endpoint, journal, ledger
         self.prices, self.limits = prices, limits
         self.gate = Gate(limits.concurrency, limits.rpm, limits.tpm)
@@ -136,13 +141,20 @@ class Engine:
                 continue
             self.asking[request.key] = asked = asyncio.Event()
             try:
-                return await self._buy(request, model)
+                return self._cached(request.key) or await self._buy(request, model)
             except OSError as error:
                 self.halt(error)
                 raise
             finally:
                 del self.asking[request.key]
                 asked.set()
+        return answer
+
+    def _cached(self, key: str) -> Answer | None:
+        """Return the answer that another run bought, journalled, or None."""
+        answer = self.cache.get(key) if self.cache else None
+        if answer:
+            self.journal.take(answer)
         return answer
 
     async def _buy(self, request: Request, model: str) -> Answer:
@@ -163,6 +175,8 @@ class Engine:
                 self.gate.tokens.take(sent_s, used - tokens)
                 if answer.complete:
                     self._succeeded(headers)
+                    if self.cache:
+                        self.cache.put(answer)
                     return answer
                 if reason := endpoints.fatal(self.endpoint, model, answer):
                     self.refused = answer.status
@@ -218,19 +232,10 @@ class Engine:
             self.ledger.settle(worst, charge)
 
     def _charge(self, answer: Answer, worst: int) -> int:
-        if answer.status != 200:
-            return 0
-        if answer.usage is None:
-            return worst
-        cost = self.prices.cost(answer.usage)
-        if cost > worst:
-            self.overbilled = ValueError(
-                f"the endpoint billed {answer.usage.prompt_tokens} + "
-                f"{answer.usage.completion_tokens} tokens, {shown(cost)}, for a request whose "
-                f"worst case was {shown(worst)}: it does not keep to the output cap, so no "
-                "budget can be kept; correct `cap` in the model's entry (--models)"
-            )
-            self.halt(self.overbilled)
+        cost = endpoints.charge(answer, self.prices, worst)
+        if over := endpoints.overbilled(answer, cost, worst):
+            self.overbilled = over
+            self.halt(over)
         return cost
 
     def _succeeded(self, headers: Mapping[str, str]) -> None:

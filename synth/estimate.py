@@ -10,11 +10,11 @@ import math
 from typing import NamedTuple
 
 from bioinstruct.synth import money
-from bioinstruct.synth.money import Usage
+from bioinstruct.synth.money import Prices, Usage
 from bioinstruct.synth.plan import Plan
-from bioinstruct.synth.prompting import NEW
+from bioinstruct.synth.prompting import NEW, YIELD
+from bioinstruct.synth.questions import first
 
-YIELD = 0.85
 BYTES_PER_TOKEN = 4
 ENOUGH = 20  # answers from which the assumptions give way
 DEFAULT_CAP = 2  # times the estimate
@@ -28,16 +28,16 @@ class Estimate(NamedTuple):
     cost: int
 
 
-def from_settings(plan: Plan) -> Estimate:
-    """Estimate a run from its configuration alone."""
+def from_settings(plan: Plan, prices: Prices) -> Estimate:
+    """Estimate a run from its configuration alone, at the prices of asking online or in batches."""
     records = [seed.record for seed in plan.seeds]
     texts = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in records]
     mean_bytes = sum(len(json.dumps(t, ensure_ascii=False).encode()) for t in texts) / len(texts)
     written = min(round(NEW * mean_bytes / BYTES_PER_TOKEN), plan.settings.max_tokens)
-    read = round(len(plan.first.request.body) / BYTES_PER_TOKEN)
+    read = round(len(first(plan).request.body) / BYTES_PER_TOKEN)
     requests = math.ceil(plan.settings.n / (NEW * YIELD))
     usage = Usage(read * requests, written * requests)
-    return Estimate(requests, usage, plan.prices.cost(usage))
+    return Estimate(requests, usage, prices.cost(usage))
 
 
 def from_answers(*, n: int, accepted: int, requests: int, spent: int) -> int | None:
@@ -54,7 +54,7 @@ def from_answers(*, n: int, accepted: int, requests: int, spent: int) -> int | N
     return round(spent / requests * math.ceil(n / (accepted / requests)))
 
 
-def cap(plan: Plan) -> int | None:
+def cap(plan: Plan, prices: Prices) -> int | None:
     """Return the budget in picodollars: the one given, or else twice the estimate.
 
     Without one given, the cap never lies below the worst case of the first request: a run of a few
@@ -62,15 +62,15 @@ def cap(plan: Plan) -> int | None:
     """
     budget = plan.settings.budget
     if budget is None:
-        request = plan.first.request
-        worst = plan.prices.worst(len(request.body), request.cap_tokens)
-        return max(DEFAULT_CAP * from_settings(plan).cost, worst)
+        request = first(plan).request
+        worst = prices.worst(len(request.body), request.cap_tokens)
+        return max(DEFAULT_CAP * from_settings(plan, prices).cost, worst)
     return None if math.isinf(budget) else money.from_usd(budget)
 
 
-def text(plan: Plan) -> str:
+def text(plan: Plan, prices: Prices) -> str:
     """Return the estimate and the cap for a user."""
-    made, limit = from_settings(plan), cap(plan)
+    made, limit = from_settings(plan, prices), cap(plan, prices)
     return (
         f"{plan.settings.n} records: about {made.requests} requests, "
         f"{made.usage.prompt_tokens:,} tokens read and {made.usage.completion_tokens:,} written, "

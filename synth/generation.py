@@ -12,25 +12,30 @@ import contextlib
 import json
 import signal
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bioinstruct.synth import answers, estimate, money, report
+from bioinstruct.synth import estimate, money, report
 from bioinstruct.synth import plan as plans
+from bioinstruct.synth.cache import Cache
+from bioinstruct.synth.collector import Collector
 from bioinstruct.synth.console import Progress, Stopped, note
-from bioinstruct.synth.endpoint import Endpoint, open_endpoint, text_of
+from bioinstruct.synth.endpoint import Endpoint, open_endpoint
 from bioinstruct.synth.engine import BudgetReached, Closing, Engine
 from bioinstruct.synth.identifiers import refuse_identifiers
-from bioinstruct.synth.journal import Answer, Journal
+from bioinstruct.synth.journal import Journal
+from bioinstruct.synth.money import Prices
 from bioinstruct.synth.plan import Asked, Plan, Settings
-from bioinstruct.synth.prompting import NEW
+from bioinstruct.synth.questions import first
 from bioinstruct.synth.records import write_records
-from bioinstruct.synth.rouge import Near
 from bioinstruct.synth.sieve import Judge, Sieve
+from bioinstruct.synth.totals import Answer
 
 RECORDS = "records.jsonl"
-FRUITLESS = 64  # requests in a row with nothing kept that end a run
+
+
+Buy = Callable[[Plan, Endpoint, int | None, Collector], None]
 
 
 class Result(NamedTuple):
@@ -43,90 +48,8 @@ class Result(NamedTuple):
     """Answers that were judged."""
     charged_usd: float
     """What the folder was charged so far, all invocations together."""
-
-
-class Collector:
-    """Judges answers in the order of their requests, until there are enough records."""
-
-    def __init__(self, plan: Plan, journal: Journal, judge: Judge) -> None:
-        self.plan, self.journal, self.judge = plan, journal, judge
-        self.records: list[dict[str, Any]] = []
-        self.names = [seed.id for seed in plan.seeds]
-        self.funnel: Counter[str] = Counter()
-        self.decided = self.fruitless = self.cost = 0
-
-    @property
-    def missing(self) -> int:
-        """Records still wanted."""
-        return self.plan.settings.n - len(self.records)
-
-    @property
-    def mean_kept(self) -> float:
-        """Records that a request brings, as far as is known."""
-        return max(len(self.records) / self.decided if self.decided else NEW * estimate.YIELD, 0.5)
-
-    def decide(self, asked: Asked, answer: Answer) -> None:
-        """Judge the candidates of the next answer, and journal the verdict.
-
-        Raises:
-            ValueError: nothing was kept of many answers in a row.
-        """
-        assert asked.index == self.decided
-        before, items = len(self.records), []
-        for number, item in enumerate(
-            answers.candidates(text_of(answer), self.plan.settings.format)
-        ):
-            if not self.missing:
-                break  # what follows the last record wanted was never judged
-            verdict = self.judge(item)
-            near = self._named(verdict.near)
-            items.append({"rule": verdict.rule, "nearest": near})
-            self.funnel[verdict.rule or "kept"] += 1
-            if not verdict.rule:
-                self._keep(item, asked, number, near)
-        self.decided += 1
-        self.cost += self.plan.prices.cost(answer.usage) if answer.usage else 0
-        self.journal.verdict(asked.index, asked.request.key, items)
-        self.fruitless = 0 if len(self.records) > before else self.fruitless + 1
-        if self.fruitless >= FRUITLESS and self.missing:
-            raise ValueError(
-                f"nothing was kept of {FRUITLESS} answers in a row ({self.told()}); the seeds or "
-                "the prompt give no new tasks any more: see the verdicts in journal.jsonl"
-            )
-
-    def _keep(
-        self, item: answers.Candidate, asked: Asked, number: int, near: dict[str, Any] | None
-    ) -> None:
-        name = f"synth-{len(self.records) + 1:06d}"
-        self.names.append(name)
-        self.records.append(
-            {
-                "id": name,
-                "instruction": item.instruction,
-                "input": item.input,
-                "output": item.output,
-                "source": self.plan.settings.model,
-                "provenance": {
-                    "request": asked.index,
-                    "item": number,
-                    "key": asked.request.key,
-                    "seeds": [seed.id for seed in asked.seeds],
-                    "rules": self.plan.settings.rules,
-                    "nearest": near,
-                },
-            }
-        )
-
-    def _named(self, near: Near | None) -> dict[str, Any] | None:
-        return near and {"id": self.names[near.place], "rouge_l": round(near.score, 4)}
-
-    def told(self) -> str:
-        """Return the funnel in words."""
-        dropped = [f"{count} {rule}" for rule, count in self.funnel.most_common() if rule != "kept"]
-        kept = self.funnel["kept"]
-        return f"{sum(self.funnel.values())} candidates, {kept} kept, dropped: " + (
-            ", ".join(dropped) or "none"
-        )
+    cached: int
+    """Answers that came from the cache, for nothing."""
 
 
 def generate(**settings: Any) -> Result:
@@ -145,28 +68,40 @@ def generate(**settings: Any) -> Result:
         console.Stopped: the budget is used up; the text says how to go on.
         OSError: a file cannot be read or written.
     """
-    for name in ("out", "seeds", "prompt", "models"):
+    return run(Plan(settings_of(settings)))
+
+
+def settings_of(settings: dict[str, Any]) -> Settings:
+    """Return settings from arguments, in which paths may be texts."""
+    for name in ("out", "seeds", "prompt", "models", "cache"):
         if settings.get(name) is not None:
             settings[name] = Path(settings[name])
-    return run(Plan(Settings(**settings)))
+    return Settings(**settings)
 
 
-def run(plan: Plan) -> Result:
-    """Carry a run to its end, or to where it must stop."""
+def run(plan: Plan, buy: Buy | None = None, prices: Prices | None = None) -> Result:
+    """Carry a run to its end, or to where it must stop.
+
+    Args:
+        plan: the run.
+        buy: how the answers come that the journal does not hold. Default: online.
+        prices: what the default budget is reckoned with. Default: those of asking online.
+    """
+    buy = buy or online
     settings = plan.settings
     _refuse_shrinking(settings)
     with Journal(settings.out) as journal:
-        if journal.totals.received:
+        if journal.totals.received or journal.totals.batches:
             plans.refuse_changes(settings.out, plans.read_run(settings.out)["fixed"], plan.fixed)
-        budget = estimate.cap(plan)
+        budget = estimate.cap(plan, prices or plan.prices)
         collector = Collector(plan, journal, _judge(plan))
-        rest = _from_journal(plan, collector)
+        collector.from_journal()
         if collector.missing:
             endpoint = open_endpoint(settings.base_url, settings.api_key_env)
             if not endpoint.local and settings.seeds and not settings.allow_phi_like:
                 refuse_identifiers(plan.seeds)
             plans.write_run(plan, budget)
-            _in_loop(plan, endpoint, budget, collector, rest)
+            buy(plan, endpoint, budget, collector)
         plans.write_run(plan, budget)
         return _written(plan, collector)
 
@@ -182,11 +117,19 @@ def replay(plan: Plan) -> Result:
     folder = plan.settings.out
     was = plans.read_run(folder)["fixed"]
     plan = Plan(plan.settings, was["draw"])
+    if plan.in_rounds and (was["rules"], was["rouge"]) != (
+        plan.settings.rules,
+        plan.settings.rouge,
+    ):
+        raise ValueError(
+            f"{folder}: with rotate or quotas the requests depend on what the rules accepted, so "
+            "other rules would need other answers; use `filter` on its records instead"
+        )
     now = {k: v for k, v in plan.fixed.items() if k not in ("rules", "rouge")}
     plans.refuse_changes(folder, was, now)
     with Journal(folder) as journal:
         collector = Collector(plan, journal, _judge(plan))
-        _from_journal(plan, collector)
+        collector.from_journal()
         if not collector.records:
             raise ValueError(f"{folder}: nothing was kept of {collector.decided} answers")
         return _written(plan, collector)
@@ -206,42 +149,34 @@ def _refuse_shrinking(settings: Settings) -> None:
         )
 
 
-def _from_journal(plan: Plan, collector: Collector) -> Iterator[Asked]:
-    """Judge what the journal holds; return the requests from the first one it does not hold."""
-    known, asked = collector.journal.totals.answers, plan.asked()
-    for one in asked:
-        if not collector.missing:
-            break
-        if one.request.key not in known:
-            return _chained(one, asked)
-        collector.decide(one, known[one.request.key])
-    return asked
-
-
-def _chained(first: Asked, rest: Iterator[Asked]) -> Iterator[Asked]:
-    yield first
-    yield from rest
-
-
 def _written(plan: Plan, collector: Collector) -> Result:
     folder, totals = plan.settings.out, collector.journal.totals
     write_records(folder / RECORDS, collector.records, overwrite=True)
     result = Result(
-        collector.records, collector.funnel, collector.decided, totals.spent / money.PICO
+        collector.records,
+        collector.funnel,
+        collector.decided,
+        totals.spent / money.PICO,
+        totals.cached,
     )
     report.write_card(plan, totals, result.records, result.funnel, requests=result.requests)
     return result
 
 
-def _in_loop(
-    plan: Plan,
-    endpoint: Endpoint,
-    budget: int | None,
-    collector: Collector,
-    rest: Iterator[Asked],
-) -> None:
-    """Run the event loop here, or in a thread of its own where one runs already (a notebook)."""
-    work = _collect(plan, endpoint, budget, collector, rest)
+def online(plan: Plan, endpoint: Endpoint, budget: int | None, collector: Collector) -> None:
+    """Ask one request at a time, many at once, until there are enough records.
+
+    Raises:
+        ValueError: a batch of this folder is under way, so answers would be bought twice.
+    """
+    if under_way := collector.journal.totals.under_way:
+        raise ValueError(
+            f"{len(under_way)} batches of {plan.settings.out} are under way and hold the next "
+            "requests; collect them with `bioinstruct-synth batch` and the same options, after "
+            "cancelling them at the provider if they take too long"
+        )
+    # a notebook has a loop that runs already, so there the work takes a thread
+    work = _collect(plan, endpoint, budget, collector)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -252,29 +187,27 @@ def _in_loop(
 
 
 async def _collect(
-    plan: Plan,
-    endpoint: Endpoint,
-    budget: int | None,
-    collector: Collector,
-    rest: Iterator[Asked],
+    plan: Plan, endpoint: Endpoint, budget: int | None, collector: Collector
 ) -> None:
     journal = collector.journal
     ledger = money.Ledger(budget, journal.totals.spent)
-    limits = plan.settings.limits
     async with Engine(
-        endpoint, journal=journal, ledger=ledger, prices=plan.prices, limits=limits
+        endpoint,
+        journal=journal,
+        ledger=ledger,
+        prices=plan.prices,
+        limits=plan.settings.limits,
+        cache=Cache(plan.settings.cache) if plan.settings.cache else None,
     ) as engine:
         _stop_on_signals()
         try:
-            await _drive(plan, engine, collector, rest)
+            await _drive(plan, engine, collector)
             if engine.overbilled:  # even where the records are all there
                 raise engine.overbilled
         except asyncio.CancelledError:
-            raise Stopped(_how_to_go_on("stopped", plan, collector)) from None
+            raise Stopped(how_to_go_on("stopped", collector)) from None
         except BudgetReached as error:
-            more = "raise it with --budget, or choose --n"
-            text = f"{error}; {len(collector.records)} of {plan.settings.n} records are there; "
-            raise Stopped(f"{text}{more} {max(len(collector.records), 1)}") from None
+            raise Stopped(f"{error}; {how_to_afford(collector)}") from None
         except ValueError as error:
             if engine.refused == 400 and not journal.totals.received and _wants_schema(plan):
                 raise ValueError(
@@ -287,11 +220,19 @@ def _wants_schema(plan: Plan) -> bool:
     return plan.settings.format == "schema"
 
 
-def _how_to_go_on(what: str, plan: Plan, collector: Collector) -> str:
-    have, journal = len(collector.records), collector.journal
+def how_to_go_on(what: str, collector: Collector) -> str:
+    """Return the sentence for a run that was stopped."""
+    have, wanted = len(collector.records), collector.plan.settings.n
+    charged = money.shown(collector.journal.totals.spent)
+    return f"{what} with {have} of {wanted} records, {charged} charged; the same command goes on"
+
+
+def how_to_afford(collector: Collector) -> str:
+    """Return the sentence for a run that its budget stops."""
+    have, wanted = len(collector.records), collector.plan.settings.n
     return (
-        f"{what} with {have} of {plan.settings.n} records, "
-        f"{money.shown(journal.totals.spent)} charged; the same command goes on"
+        f"{have} of {wanted} records are there; raise it with --budget, or choose --n "
+        f"{max(have, 1)}"
     )
 
 
@@ -305,7 +246,7 @@ def _stop_on_signals() -> None:
             asyncio.get_running_loop().add_signal_handler(number, main.cancel)
 
 
-async def _drive(plan: Plan, engine: Engine, collector: Collector, rest: Iterator[Asked]) -> None:
+async def _drive(plan: Plan, engine: Engine, collector: Collector) -> None:
     """Keep enough requests under way, and judge their answers in order."""
     waiting: deque[tuple[Asked, asyncio.Task[Answer]]] = deque()
     most = 2 * plan.settings.limits.concurrency
@@ -313,16 +254,12 @@ async def _drive(plan: Plan, engine: Engine, collector: Collector, rest: Iterato
     try:
         while collector.missing:
             while len(waiting) < most and len(waiting) * collector.mean_kept < collector.missing:
-                if (asked := next(rest, None)) is None:
+                if (asked := collector.questions.next()) is None:
                     break
                 task = asyncio.create_task(engine.ask(asked.request, plan.settings.model))
                 waiting.append((asked, task))
             if not waiting:
-                raise ValueError(
-                    f"every triple of the {len(plan.seeds)} seeds was shown, and "
-                    f"{len(collector.records)} of {plan.settings.n} records were kept; add seeds "
-                    "in a new --out"
-                )
+                raise ValueError(collector.exhausted())
             asked, task = waiting.popleft()
             try:
                 # unlike await, wait leaves the request alive when this task is cancelled
@@ -360,5 +297,5 @@ def _meter(plan: Plan, engine: Engine, collector: Collector) -> str:
 
 def dry_run(plan: Plan) -> str:
     """Return request 0 and the estimate."""
-    body = json.dumps(json.loads(plan.first.request.body), ensure_ascii=False, indent=2)
-    return f"{body}\n{estimate.text(plan)}"
+    body = json.dumps(json.loads(first(plan).request.body), ensure_ascii=False, indent=2)
+    return f"{body}\n{estimate.text(plan, plan.prices)}"

@@ -17,7 +17,7 @@ from bioinstruct.synth.text import read_text
 TABLE = Path(__file__).with_name("models.toml")
 CAPS = ("max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_p", "seed")
-_FIELDS = ("price_in", "price_out", "cap", "sampling", "reasoning_effort")
+_FIELDS = ("price_in", "price_out", "batch", "cap", "sampling", "reasoning_effort")
 
 Message = Mapping[str, str]
 
@@ -31,6 +31,8 @@ class Model:
     """USD per million tokens read."""
     price_out: float | None = None
     """USD per million tokens written, hidden reasoning included."""
+    batch: float | None = None
+    """What a batch costs, as a share of the prices."""
     cap: str = "max_tokens"
     """The body's field that bounds an answer's tokens."""
     sampling: tuple[str, ...] = SAMPLING
@@ -88,6 +90,8 @@ def _check(entry: object, where: str) -> None:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 <= value < 1e6:
                 raise ValueError(f"{where}: {field} must be USD per million tokens, not {value!r}")
+        elif field == "batch" and not (type(value) in (int, float) and 0 <= value <= 1):
+            raise ValueError(f"{where}: batch must be a share of the prices, not {value!r}")
         elif field == "cap" and value not in CAPS:
             raise ValueError(f"{where}: cap must be {' or '.join(CAPS)}, not {value!r}")
         elif field == "sampling" and not _sampling(value):

@@ -7,23 +7,31 @@ how fast and for how much may change with every invocation.
 
 import hashlib
 import json
+import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bioinstruct.synth import draws, models, money
-from bioinstruct.synth.answers import SCHEMA
+from bioinstruct.synth.answers import schema
 from bioinstruct.synth.endpoint import OPENAI
 from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.files import write_text
 from bioinstruct.synth.filters import ROUGE, RULES, rouge_threshold
 from bioinstruct.synth.money import Prices
-from bioinstruct.synth.prompting import FORMATS, prompt, read_prompt
-from bioinstruct.synth.seeds import Seed, read_seeds
+from bioinstruct.synth.prompting import (
+    FORMATS,
+    category_wish,
+    facet_wish,
+    prompt,
+    read_prompt,
+)
+from bioinstruct.synth.seeds import COUNTS, FACETS, Seed, read_seeds
 from bioinstruct.synth.text import shown
 
 RUN = "run.toml"
@@ -63,6 +71,16 @@ class Settings:
     price_in: float | None = None
     """USD per million tokens read. Default: the table's."""
     price_out: float | None = None
+    batch_factor: float | None = None
+    """What a batch costs, as a share of the prices. Default: the table's."""
+    cache: Path | None = None
+    """A folder of answers that runs share: what stands there is not bought."""
+    rotate: int = 0
+    """How many of a request's three examples are accepted records."""
+    quotas: str = ""
+    """Shares of the categories, such as qa=0.25,ie=0.35,gen=0.3,other=0.1, or `paper`."""
+    facets: str = ""
+    """Facets of the seeds, such as topic,difficulty, of which each request asks for one value."""
     budget: float | None = None
     """USD for the folder, all invocations together; infinity for no cap. Default: twice the
     estimate."""
@@ -85,6 +103,8 @@ class Settings:
             ("top_p", 0, 1),
             ("price_in", 0, 1e6),
             ("price_out", 0, 1e6),
+            ("batch_factor", 0, 1),
+            ("rotate", 0, draws.SHOWN - 1),
             ("budget", 0, float("inf")),
         ):
             value = getattr(self, name)
@@ -101,7 +121,9 @@ class Asked:
 
     index: int
     seeds: tuple[Seed, ...]
+    """The examples; rotated ones are accepted records."""
     request: models.Request
+    facets: dict[str, str]
 
 
 class Plan:
@@ -125,6 +147,23 @@ class Plan:
             read_prompt(settings.prompt, settings.format),
         )
         self.prices = self._prices()
+        self.quotas = _quotas(settings.quotas)
+        self.facets = self._facets()
+        if (self.quotas or self.facets) and "{also}" not in self.template:
+            raise ValueError(
+                f"{settings.prompt}: with quotas or facets a prompt needs {{also}}, where a "
+                "request says what it wants; put it behind the list of requirements"
+            )
+        if self.quotas and (bare := [s for s in self.seeds if s.category not in COUNTS]):
+            raise ValueError(
+                f"{bare[0].record.where}: with quotas every seed needs its 'category', one of "
+                f"{', '.join(COUNTS)}"
+            )
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether a request depends on the records accepted before its round."""
+        return bool(self.settings.rotate or self.quotas)
 
     def _prices(self) -> Prices:
         settings, model = self.settings, self.model
@@ -138,14 +177,55 @@ class Plan:
             )
         return Prices(money.per_token(price_in), money.per_token(price_out))
 
-    def asked(self) -> Iterator[Asked]:
-        """Yield request 0, 1, 2, ...; it ends when no triple of seeds is left."""
-        triples = draws.draws(self.draw, self.settings.seed, len(self.seeds))
-        for index, triple in enumerate(triples):
-            seeds = tuple(self.seeds[i] for i in triple)
-            text = prompt(self.template, seeds, self.settings.format)
-            request = models.Request(self.body(text, index), self.settings.max_tokens)
-            yield Asked(index, seeds, request)
+    @property
+    def batch_prices(self) -> Prices:
+        """What a batch costs.
+
+        Raises:
+            ValueError: the model's entry does not say what part of the prices a batch costs.
+        """
+        factor = self.settings.batch_factor
+        factor = self.model.batch if factor is None else factor
+        if factor is None:
+            raise ValueError(
+                f"it is not known what a batch costs for {self.model.name!r}; pass --batch-factor "
+                "(0.5 where batches cost half, 1 where they cost the same)"
+            )
+        return Prices(*(math.ceil(price * Fraction(str(factor))) for price in self.prices))
+
+    def _facets(self) -> dict[str, list[str]]:
+        """Return the values of each facet asked for, as the seeds have them."""
+        names = [name.strip() for name in self.settings.facets.split(",") if name.strip()]
+        values = {
+            name: sorted({s.facets[name] for s in self.seeds if name in s.facets}) for name in names
+        }
+        for name, found in values.items():
+            if not found:
+                raise ValueError(
+                    f"no seed has a facet {name!r}; the installed ones have {', '.join(FACETS)}"
+                )
+        return values
+
+    def ask(
+        self, index: int, seeds: tuple[Seed, ...], wanted: Mapping[str, int] | None = None
+    ) -> Asked:
+        """Return request index.
+
+        Args:
+            index: counted from 0.
+            seeds: the examples it shows.
+            wanted: with quotas, the number of tasks of each category.
+        """
+        form, seed = self.settings.format, self.settings.seed
+        facets = {
+            name: values[draws.number(seed, "facet", name, index) % len(values)]
+            for name, values in self.facets.items()
+        }
+        wishes = [category_wish(wanted, form)] if wanted else []
+        wishes += [facet_wish(facets)] if facets else []
+        text = prompt(self.template, seeds, form, wishes=wishes, with_category=wanted is not None)
+        request = models.Request(self.body(text, index), self.settings.max_tokens)
+        return Asked(index, seeds, request, facets)
 
     def body(self, text: str, index: int) -> dict[str, object]:
         """Return the body of request index with a prompt."""
@@ -162,13 +242,8 @@ class Plan:
             [{"role": "user", "content": text}],
             cap_tokens=settings.max_tokens,
             sampling=sampling,
-            response_format=SCHEMA if settings.format == "schema" else None,
+            response_format=schema(self.quotas) if settings.format == "schema" else None,
         )
-
-    @cached_property
-    def first(self) -> Asked:
-        """Request 0."""
-        return next(self.asked())
 
     @cached_property
     def fixed(self) -> dict[str, Any]:
@@ -187,7 +262,34 @@ class Plan:
             "rouge": settings.rouge,
             "seed": settings.seed,
             "draw": self.draw,
+            "rotate": settings.rotate,
+            "quotas": json.dumps(self.quotas),
+            "facets": ",".join(self.facets),
         }
+
+
+def _quotas(text: str) -> dict[str, float]:
+    """Return the shares that a text names, which add up to 1; none for an empty text."""
+    if text == "paper":
+        return {name: count / sum(COUNTS.values()) for name, count in COUNTS.items()}
+    shares: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, share = part.partition("=")
+        try:
+            shares[name.strip()] = float(share)
+        except ValueError:
+            shares[name.strip()] = -1.0
+    total = sum(shares.values())
+    if shares and (
+        not set(shares) <= set(COUNTS)
+        or not all(share > 0 for share in shares.values())
+        or not math.isclose(total, 1, abs_tol=1e-6)
+    ):
+        raise ValueError(
+            f"quotas must be shares that add up to 1, such as qa=0.25,ie=0.35,gen=0.3,other=0.1, "
+            f"or `paper`, not {text!r}"
+        )
+    return {name: shares[name] for name in COUNTS if name in shares}
 
 
 def _hash(text: str) -> str:

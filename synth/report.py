@@ -8,8 +8,9 @@ from typing import Any
 
 from bioinstruct.synth import money
 from bioinstruct.synth.files import write_text
-from bioinstruct.synth.journal import NAME, Totals, read_totals
+from bioinstruct.synth.journal import NAME
 from bioinstruct.synth.plan import Plan, read_run
+from bioinstruct.synth.totals import Totals, read_totals
 
 CARD = "card.md"
 
@@ -30,9 +31,11 @@ def status(folder: Path) -> str:
     lines = [
         f"model     {run['fixed']['model']} at {run['free']['base_url']}",
         f"records   {kept} of {wanted}{' (done)' if kept >= wanted else ''}",
-        f"answers   {totals.received}, {totals.failed} failed attempts",
+        f"answers   {totals.received} ({totals.cached} from the cache), "
+        f"{totals.failed} failed attempts",
         f"spent     {money.shown(totals.charged)}, reserved or unknown "
         f"{money.shown(totals.spent - totals.charged)}, budget {run['free']['budget_usd']}",
+        f"batches   {len(totals.under_way)} under way of {len(totals.batches)}",
         f"rate      {rate:.1f} answers a minute, {_left(kept, wanted, minutes)}",
         "funnel    " + ", ".join(f"{count} {rule}" for rule, count in funnel.most_common()),
     ]
@@ -77,7 +80,8 @@ written by a language model from {len(plan.seeds)} examples.
 | model asked for | {settings.model} |
 | model served | {", ".join(served) or "not reported"}, {len(prints)} system fingerprints |
 | endpoint | {settings.base_url} |
-| requests | {requests} judged, {totals.received} answered, {totals.failed} failed attempts |
+| requests | {requests} judged, {totals.received} answered ({totals.cached} from the cache), \
+{totals.failed} failed attempts, {len(totals.batches)} batches |
 | asked | {_day(totals.first_s)} to {_day(totals.last_s)} (UTC) |
 | charged | {money.shown(totals.spent)} at {price} USD per million tokens read / written |
 | format, rules | {settings.format}, {settings.rules} with ROUGE-L {settings.rouge:g} |

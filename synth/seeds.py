@@ -17,6 +17,8 @@ Two prompts stand beside this file: `prompt_list.txt` asks for a numbered list, 
     {first}  the number of the first new task, shown + 1
     {seeds}  the seeds: blocks of `k. Instruction:`, `k. Input:`, `k. Output:`, numbered from 1,
              for a list; objects with instruction, input and output, one a line, for the schema
+    {also}   what a run asks for beyond that (categories, facets), as further points of the list;
+             usually nothing
 """
 
 import difflib

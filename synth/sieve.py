@@ -52,7 +52,7 @@ class Sieve:
         """Judge a candidate, and take it in where it is kept."""
         if candidate.problem:
             return Verdict(candidate.problem, None)
-        given, shown, done, _ = candidate
+        given, shown, done = candidate[:3]
         if drop := text_drop(self.rules, Record(given, shown, done, {}, "", 0)):
             return Verdict(drop.rule, None)
         near = self.index.nearest(given)

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from bioinstruct.kernels.attention import choose_backend
-from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Llama
@@ -55,11 +55,16 @@ def load_base(run: Run, ranks: Ranks) -> Llm:
     else:
         model = sharded_model(checkpoint, ranks, mode=mode, dtype=dtype, trains=trains)
     model.attention_backend = choose_backend(run.attention, device, dtype)
-    model.recomputed_layers = _recomputed(run, checkpoint.config)
+    model.recomputed_layers = recomputed_layers(run, checkpoint.config)
     return Llm(path, model, words)
 
 
-def _recomputed(run: Run, config: LlamaConfig) -> int:
+def recomputed_layers(run: Run, config: LlamaConfig) -> int:
+    """Layers that keep only their input.
+
+    Raises:
+        ValueError: more than the model has.
+    """
     layers = run.train.checkpoint_layers
     if layers > config.num_layers:
         raise ValueError(
@@ -121,7 +126,15 @@ def masters_of(run: Run, llm: Llm, ranks: Ranks) -> Masters:
     model = llm.model
     is_sharded = isinstance(model, FSDPModule)
     if run.train.method == "lora":
-        llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed)
+        if is_sharded and run.lora.init != LoraSettings.init:
+            raise ValueError(
+                f"lora.init = {run.lora.init!r} takes a part out of every whole weight; set "
+                "shard = none, or leave it out"
+            )
+        weights = None if is_sharded else model.destinations()
+        llm.adapters = Adapters.starting(
+            llm.config, run.lora, model.device, run.train.seed, weights
+        )
         return LoraMasters(llm.adapters, is_sharded=is_sharded)
     if is_sharded:
         return ShardedWeights(model, ranks)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.pissa import Factors
 from bioinstruct.synth.console import note
 from bioinstruct.train import folder
 from bioinstruct.train.fingerprint import fingerprint
@@ -19,6 +20,9 @@ from bioinstruct.train.prepare import Prepared
 from bioinstruct.train.standing import Standing
 from bioinstruct.train.state import Keep, Saver, Snapshot, State, open_state, snapshot
 from bioinstruct.train.step import Optimizer
+
+MASTERS, TRAINED = "masters.flat", "average.flat"
+"""Names of the adapters' masters in a state, and of their average where one is kept."""
 
 
 class Checkpoints:
@@ -121,6 +125,8 @@ class Checkpoints:
     def _save_adapter(self, taken: Snapshot) -> None:
         if self.prepared.adapters is None:
             return
-        copy = Adapters(self.prepared.llm.config, self.prepared.adapters.settings)
-        copy.flat_P.copy_(taken.pieces.get("average.flat", taken.pieces["masters.flat"]).rows)
+        adapters = self.prepared.adapters
+        copy = Adapters(self.prepared.llm.config, adapters.settings)
+        copy.flat_P.copy_(taken.pieces.get(TRAINED, taken.pieces[MASTERS]).rows)
+        copy.taken = [Factors(start.a_RK.cpu(), start.b_NR.cpu()) for start in adapters.taken]
         copy.save(self.out / "adapter", str(self.prepared.llm.path))

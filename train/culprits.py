@@ -137,7 +137,7 @@ def share(prepared: Prepared, plan: StepPlan, samples: Sequence[int]) -> Share:
     scale = 1 / max(1, len(batch.labels_S))
     masters.before_pack(is_last=True)
     loss = add_gradient(model, masters.adapters, batch, scale, prepared.run.train.seed)
-    norm = masters.gradient_norm()
+    norm = float(masters.gradient_norm())
     masters.grad_P.zero_()
     return Share(float(loss), norm)
 

@@ -80,7 +80,7 @@ def find_state(out: Path, fingerprint: Mapping[str, Any]) -> State | None:
     Raises:
         ValueError: the run is another one, or its states are damaged.
     """
-    clear_unfinished(states_of(out))
+    clear_unfinished(out)
     state = newest_state(states_of(out))
     if state is not None:
         refuse_changes(state.facts["fingerprint"], fingerprint, out)

@@ -23,13 +23,15 @@ from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.llm import Llm
 from bioinstruct.synth.console import Stopped, note
 from bioinstruct.train import folder
+from bioinstruct.train.checkpoints import MASTERS, TRAINED
 from bioinstruct.train.dry_run import summary
 from bioinstruct.train.full import FullMasters
 from bioinstruct.train.outcome import outcome_name
 from bioinstruct.train.prepare import Prepared, made, prepare
 from bioinstruct.train.ranks import ALONE, Ranks
 from bioinstruct.train.run import Run
-from bioinstruct.train.scores import score_tasks, stored_row, write_report
+from bioinstruct.train.scores import check_best, score_tasks, stored_row, write_report
+from bioinstruct.train.state import open_state, state_name
 from bioinstruct.train.tensorboard_log import check_installed
 from bioinstruct.train.trainer import Trainer
 
@@ -72,6 +74,7 @@ def train(
     if run.train.deterministic:
         _be_deterministic()
     prepared = prepare(dataclasses.replace(run, out=str(out)), ranks)
+    check_best(run.train.keep_best, prepared.jobs)
     note(summary(prepared))
     trainer = Trainer(prepared, out, profile)
     step = trainer.take_up() if resume else None
@@ -99,7 +102,7 @@ def _be_deterministic() -> None:
 
 def _score_before(rows: dict[str, Row], prepared: Prepared, out: Path) -> None:
     """Score the untrained model, or take the scores from before the interruption."""
-    plain = Llm(prepared.llm.path, prepared.llm.model, prepared.llm.tokenizer)
+    plain = Llm(prepared.llm.path, prepared.llm.model, prepared.llm.tokenizer, _begun(prepared))
 
     def take_stored() -> bool:
         stored = stored_row(prepared.jobs, out, "before")
@@ -118,25 +121,45 @@ def _score(rows: dict[str, Row], prepared: Prepared, llm: Llm, out: Path, stage:
 def _finish(rows: dict[str, Row], prepared: Prepared, trainer: Trainer, start_s: float) -> None:
     """Score what came out and close the run."""
     out, standing = trainer.out, trainer.standing
-    kept = trainer.outcome if standing.best_step is None else trainer.best
     if prepared.jobs:
-        tuned = _tuned(prepared, kept)
-        prepared.on_first(lambda own: _score(rows, prepared, tuned, own, "after"), out)
+
+        def score(own: Path) -> None:
+            _score(rows, prepared, _tuned(prepared, trainer), own, "after")
+
+        prepared.on_first(score, out)
         if prepared.ranks.is_first:
             seconds = time.monotonic() - start_s
             print(write_report(out, prepared.run, rows, prepared.jobs, seconds))
     prepared.ranks.from_first(lambda: folder.finish(out, standing.step))
     what = trainer.outcome.name
     if standing.best_step is not None:
-        note(f"the best {what}, of step {standing.best_step}, is in {kept}")
+        note(f"the best {what}, of step {standing.best_step}, is in {trainer.best}")
     note(f"the {what} is in {trainer.outcome}")
 
 
-def _tuned(prepared: Prepared, kept: Path) -> Llm:
-    """The model as a user will find it in the files."""
-    llm, masters = prepared.llm, prepared.masters
+def _begun(prepared: Prepared) -> Adapters | None:
+    """The adapters that belong to the untrained model: PiSSA's hold a part of it."""
+    adapters, llm = prepared.adapters, prepared.llm
+    if adapters is None or not adapters.taken:
+        return None
+    begun = Adapters(llm.config, adapters.settings, llm.model.device)
+    with torch.no_grad():
+        for module, start in zip(begun.modules, adapters.taken, strict=True):
+            module.a_RK.copy_(start.a_RK)
+            module.b_NR.copy_(start.b_NR)
+    return begun
+
+
+def _tuned(prepared: Prepared, trainer: Trainer) -> Llm:
+    """The model with what is best, or with what came out last."""
+    llm, masters, standing = prepared.llm, prepared.masters, trainer.standing
     if isinstance(masters, FullMasters):
-        masters.read(open_checkpoint(kept))
+        masters.read(open_checkpoint(trainer.kept))
         return llm
-    best = Adapters.load(kept, llm.config, llm.model.device)
-    return Llm(llm.path, llm.model, llm.tokenizer, best)
+    step = standing.step if standing.best_step is None else standing.best_step
+    state = open_state(folder.states_of(trainer.out) / state_name(step))
+    assert prepared.adapters is not None
+    tuned = Adapters(llm.config, prepared.adapters.settings, llm.model.device)
+    with torch.no_grad():
+        tuned.flat_P.copy_(state.read(TRAINED if TRAINED in state.names() else MASTERS))
+    return Llm(llm.path, llm.model, llm.tokenizer, tuned)

@@ -51,10 +51,11 @@ def command(
     run = read_run(recipe, overrides)
     traced = None if profile is None else read_steps(profile)
     name = "run" if recipe is None else "demo" if recipe == RECIPE else recipe.stem
+    if dry:
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(run)
+        return
     with joined(run.device) as ranks:
-        if dry:
-            dry_run(run, ranks)
-            return
         said = shlex.join(sys.argv)
         out = train(run, name, said, ranks, resume=resume, profile=traced)
     if recipe == RECIPE:

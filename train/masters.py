@@ -61,8 +61,8 @@ class Masters:
         """Add the other ranks' gradients, where the backward passes have not done so."""
         ranks.sum_(self.grad_P)
 
-    def gradient_norm(self) -> float:
-        """Norm of the whole summed gradient, equal on all ranks."""
+    def gradient_norm(self) -> Tensor:
+        """Norm of the whole summed gradient, equal on all ranks: a float64 scalar, not read."""
         return global_norm(self.grad_P)
 
     def changed(self) -> None:

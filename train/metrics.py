@@ -3,7 +3,7 @@
 FLOP convention, per step: 4 for every weight of the frozen linears and token (forward and input
 gradient), 4 for every weight of the head and supervised token, 3.5 times the forward FLOPs of
 causal attention, 6 for every adapter weight and token; 6 instead of the 4 where all weights train.
-Recomputation is not counted.
+Recomputation is not counted. MFU is these FLOPs over seconds and the vendor's dense bfloat16 peak.
 """
 
 import json

@@ -1,9 +1,11 @@
 """`--profile a:b`: a trace of the steps a to b, to be opened in chrome://tracing or Perfetto."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from bioinstruct.synth.console import note
 from bioinstruct.synth.files import replaces
@@ -33,20 +35,22 @@ class Profile:
         self.out, self.steps = out, steps
         self._running: profile | None = None
 
-    def before(self, step: int) -> None:
-        """Begin where the trace begins with this step, counted from 1."""
-        if self.steps is None or step != self.steps[0]:
-            return
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Enclose a step, counted from 1; the trace begins and ends with the steps asked for."""
+        if self.steps is not None and number == self.steps[0]:
+            self._begin()
+        with record_function("step"):
+            yield
+        if self.steps is not None and number >= self.steps[1]:
+            self.close()
+
+    def _begin(self) -> None:
         kinds = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             kinds.append(ProfilerActivity.CUDA)
         self._running = profile(activities=kinds)
         self._running.__enter__()
-
-    def after(self, step: int) -> None:
-        """Write the trace where it ends with this step."""
-        if self.steps is not None and step >= self.steps[1]:
-            self.close()
 
     def close(self) -> None:
         """Write what was traced so far, if anything was."""

@@ -46,12 +46,30 @@ def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: 
     """
     bars = progress_bars(f" {stage} training")
     results = run_tasks(llm, jobs, template=template, on_progress=bars)
-    adapter = None if llm.adapters is None else str(out / "adapter")
+    adapter = str(out / "adapter") if stage == "after" else None
     row = Row(system=f"{stage} tuning", model=str(llm.path), adapter=adapter, results=results)
     folder = out / f"eval-{stage}"
     write_samples(folder, row, 1)
     write_results(folder, [row], {"model": str(llm.path), "adapter": adapter, "template": template})
     return row
+
+
+def check_best(keep_best: str, jobs: Sequence[Job]) -> None:
+    """Refuse a train.keep_best that names a score which its task does not have.
+
+    Raises:
+        ValueError: with the scores that the task has.
+    """
+    task, _, name = keep_best.partition(":")
+    for job in jobs:
+        if name and job.task.name == task:
+            # graded with the right answers, only to learn the names
+            known = grade(job, [item.gold for item in job.items]).scores
+            if name not in known:
+                raise ValueError(
+                    f"train.keep_best = {keep_best!r}: {task} has no score {name!r}, only "
+                    f"{', '.join(known)}"
+                )
 
 
 def stored_row(jobs: Sequence[Job], out: Path, stage: str) -> Row | None:

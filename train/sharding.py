@@ -148,11 +148,12 @@ class ShardedWeights(FullMasters):
     def sum_gradient(self, ranks: Ranks) -> None:
         """Nothing is left to do: the backward passes summed it."""
 
-    def gradient_norm(self) -> float:
-        own = float(torch.linalg.vector_norm(self.grad_P, dtype=torch.float64))
+    def gradient_norm(self) -> Tensor:
+        square: Tensor = torch.linalg.vector_norm(self.grad_P, dtype=torch.float64).square()
+        self.ranks.sum_(square)
         mesh = self.shards[0].device_mesh
         copies = mesh.size(0) if mesh.ndim == 2 else 1
-        return math.sqrt(self.ranks.total([own * own])[0] / copies)
+        return (square / copies).sqrt()
 
     def changed(self) -> None:
         self._let_go()

@@ -103,7 +103,7 @@ def write_state(folder: Path, taken: Snapshot, keep: Keep, *, rank: int = 0, siz
     Raises:
         OSError: the disk is full or not writable, or another rank's part does not come.
     """
-    final = folder / f"step-{taken.step:08d}"
+    final = folder / state_name(taken.step)
     temporary = folder / (_WRITING + final.name)
     if final.exists():  # written before, by the run that this one continues
         return
@@ -122,7 +122,7 @@ def write_state(folder: Path, taken: Snapshot, keep: Keep, *, rank: int = 0, siz
     _flush(folder)
     steps = steps_of(folder)
     for step in set(steps) - {*steps[-keep.newest :], keep.best}:
-        _delete(folder / f"step-{step:08d}")
+        _delete(folder / state_name(step))
 
 
 def _write_part(folder: Path, rank: int, pieces: Mapping[str, Piece]) -> None:
@@ -288,6 +288,11 @@ class State:
                 raise ValueError(f"{file} is damaged: it has not the checksum it was written with")
 
 
+def state_name(step: int) -> str:
+    """Name of the folder of a state, by its steps."""
+    return f"step-{step:08d}"
+
+
 def steps_of(folder: Path) -> list[int]:
     """Steps of the states in a folder, ascending."""
     if not folder.is_dir():
@@ -309,7 +314,7 @@ def newest_state(folder: Path) -> State | None:
     """
     problems: dict[Path, str] = {}
     for step in reversed(steps_of(folder)):
-        path = folder / f"step-{step:08d}"
+        path = folder / state_name(step)
         try:
             state = open_state(path)
             state.check()
@@ -341,8 +346,11 @@ def open_state(path: Path) -> State:
 
 
 def clear_unfinished(folder: Path) -> Sequence[Path]:
-    """Delete what a killed process left half-written; return it."""
-    left = sorted(folder.glob(f"{_WRITING}*")) if folder.is_dir() else []
+    """Delete what a killed process left half-written, anywhere in a run's folder; return it."""
+    left = sorted(folder.rglob(f"{_WRITING}*"))
     for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have stood in a folder that is gone already
     return left

@@ -50,14 +50,18 @@ class Optimizer:
         self.average_P = self.masters.flat() if ema else None
         self.updates = 0
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, norm: float | None = None) -> float:
         """Apply the collected gradient and clear it.
+
+        Args:
+            lr: learning rate.
+            norm: of the gradient, where it is known.
 
         Returns:
             The gradient's norm before clipping; where it is not finite nothing was changed.
         """
         grad_P = self.masters.grad_P
-        norm = self.masters.gradient_norm()
+        norm = float(self.masters.gradient_norm()) if norm is None else norm
         if math.isfinite(norm):
             self.updates += 1
             for part in self.masters.parts:
@@ -148,7 +152,7 @@ class StepResult(NamedTuple):
 
 def add_gradient(
     model: Llama, adapters: Adapters | None, batch: Batch, scale: float, dropout_seed: int = 0
-) -> float:
+) -> Tensor:
     """Add one pack's gradient to the flat buffer.
 
     Args:
@@ -159,7 +163,7 @@ def add_gradient(
         dropout_seed: key of the masks.
 
     Returns:
-        The pack's share of the step's loss.
+        The pack's share of the step's loss, a scalar on the device; who reads it waits for it.
     """
     pack, dropout = batch.pack, None
     if adapters is not None and adapters.settings.dropout:
@@ -169,7 +173,7 @@ def add_gradient(
     h_TD = model(pack.ids_T, pack.positions_T, attend, adapters, dropout)
     loss = linear_cross_entropy(h_TD, model.head_VD, batch.rows_S, batch.labels_S, scale)
     loss.backward()
-    return float(loss.detach())
+    return loss.detach()
 
 
 def train_step(
@@ -181,6 +185,7 @@ def train_step(
     dropout_seed: int = 0,
     ranks: Ranks = ALONE,
     flags: Callable[[], Sequence[float]] = tuple,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Run one optimizer step over its packs; every rank calls it, also one without a pack.
 
@@ -195,6 +200,7 @@ def train_step(
         dropout_seed: key of the masks.
         ranks: who takes part.
         flags: gives, after the packs, numbers that travel with the loss: 1 for a request to stop.
+        meanwhile: called once all work is given to the device and before the host waits for it.
 
     Returns:
         The whole step's loss and norm, equal on all ranks.
@@ -202,8 +208,9 @@ def train_step(
     Raises:
         OutOfRoom: on all ranks, when a pack did not fit into the memory of one; nothing changed.
     """
-    scale, own_loss, full = 1 / max(1, supervised_tokens), 0.0, False
+    scale, full = 1 / max(1, supervised_tokens), False
     masters = optimizer.masters
+    own_loss = torch.zeros((), dtype=torch.float64, device=masters.grad_P.device)
     try:
         for batch, is_last in _last_marked(batches):
             masters.before_pack(is_last)
@@ -212,15 +219,21 @@ def train_step(
         masters.check_recovers()
         # the others are on their way to the sum below, which must hear of it
         full = True
-    loss, num_full, *told = ranks.total([own_loss, full, *flags()])
-    if num_full:
-        masters.grad_P.zero_()
-        raise OutOfRoom(int(num_full))
+    told = torch.tensor([full, *flags()], dtype=torch.float64)
+    sums = torch.cat([own_loss.view(1), told.to(own_loss.device, non_blocking=True)])
+    ranks.sum_(sums)
     masters.sum_gradient(ranks)
-    if not math.isfinite(loss):
+    sums = torch.cat([sums, masters.gradient_norm().view(1)])
+    meanwhile()
+    # the one place in a step where the host waits for the device
+    loss, num_full, *answers, norm = sums.tolist()
+    if num_full or not math.isfinite(loss):
         masters.grad_P.zero_()
-        return StepResult(loss, math.nan, tuple(told))
-    return StepResult(loss, optimizer.step(lr), tuple(told))
+    if num_full:
+        raise OutOfRoom(int(num_full))
+    if not math.isfinite(loss):
+        return StepResult(loss, math.nan, tuple(answers))
+    return StepResult(loss, optimizer.step(lr, norm), tuple(answers))
 
 
 def _last_marked(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from bioinstruct.synth.console import Progress, Stopped, note
 from bioinstruct.synth.files import write_text
 from bioinstruct.train import culprits, evaluation, folder
+from bioinstruct.train.batch import Batch
 from bioinstruct.train.checkpoints import Checkpoints
 from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
 from bioinstruct.train.outcome import outcome_name, save_outcome
@@ -42,6 +43,15 @@ class _Taken(NamedTuple):
     plan: StepPlan
     result: StepResult
     row: dict[str, Any]
+
+
+class _Ahead(NamedTuple):
+    """A step whose batches are on the device before its turn."""
+
+    step: int
+    max_tokens: int
+    plan: StepPlan
+    batches: list[Batch]
 
 
 class Trainer:
@@ -68,6 +78,7 @@ class Trainer:
         self.checkpoints = Checkpoints(prepared, out, self.optimizer)
         self.profile = Profile(out, profile if prepared.ranks.is_first else None)
         self.log: MetricsLog  # opened by run
+        self._ahead: _Ahead | None = None
 
     def take_up(self) -> int:
         """Continue from the newest whole state and return how many steps were taken.
@@ -99,6 +110,11 @@ class Trainer:
     def best(self) -> Path:
         """The folder of what is best by train.keep_best."""
         return self.out / f"{self.outcome.name}-best"
+
+    @property
+    def kept(self) -> Path:
+        """The folder of what is best, or of what came out last where nothing is kept as best."""
+        return self.outcome if self.standing.best_step is None else self.best
 
     def run(self) -> None:
         """Take all steps that are left.
@@ -136,9 +152,8 @@ class Trainer:
             standing.evaluation_owed = False
             self._evaluate()
         while not self.over:
-            self.profile.before(standing.step + 1)
-            taken = self._step(asked)
-            self.profile.after(standing.step)
+            with self.profile.step(standing.step + 1):
+                taken = self._step(asked)
             row, stop = taken.row, any(taken.result.flags)
             progress.update(
                 standing.step, f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s"
@@ -194,17 +209,18 @@ class Trainer:
             decay_share=settings.decay_share,
         )
         while True:
-            plan = self.prepared.planner.plan(step)
+            plan, batches = self._planned(step)
             try:
                 result = train_step(
                     prepared.llm.model,
                     self.optimizer,
-                    own_batches(self.prepared, prepared.tokens, plan),
+                    batches,
                     plan.supervised_tokens,
                     lr,
                     settings.seed,
                     prepared.ranks,
                     lambda: [len(asked)],
+                    lambda: self._look_ahead(step + 1),
                 )
                 break
             except OutOfRoom:
@@ -213,6 +229,20 @@ class Trainer:
         row = self._row(plan, result, lr, time.perf_counter() - start_s)
         self.log.write(row)
         return _Taken(plan, result, row)
+
+    def _planned(self, step: int) -> tuple[StepPlan, list[Batch]]:
+        """The plan of a step and this rank's batches, made ahead or now."""
+        room = self.prepared.planner.max_tokens
+        if self._ahead is None or (self._ahead.step, self._ahead.max_tokens) != (step, room):
+            plan = self.prepared.planner.plan(step)
+            batches = list(own_batches(self.prepared, self.prepared.tokens, plan))
+            self._ahead = _Ahead(step, room, plan, batches)
+        return self._ahead.plan, self._ahead.batches
+
+    def _look_ahead(self, step: int) -> None:
+        """Make the next step's batches while the device is busy with this one's."""
+        if step < self.prepared.num_steps:
+            self._planned(step)
 
     def _row(self, plan: StepPlan, result: StepResult, lr: float, seconds: float) -> dict[str, Any]:
         prepared, device = self.prepared, self.prepared.llm.model.device

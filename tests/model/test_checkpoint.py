@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bioinstruct.model.checkpoint import INDEX, SINGLE, open_checkpoint, save_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.stored import read_safetensors, write_safetensors
+from bioinstruct.model.stored import read_safetensors
+from bioinstruct.model.written import write_safetensors
 
 TINY = LlamaConfig(
     vocab_size=11,
@@ -256,10 +257,11 @@ def test_a_header_length_of_ten_gigabytes(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_what_we_write_is_what_the_library_writes(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"b": torch.randn(3, 5).to(dtype), "a": torch.randn(7).to(dtype)}
-    write_safetensors(tmp_path / "ours", tensors)
-    read = load_file(tmp_path / "ours")
+    written = write_safetensors(tmp_path, tensors.items(), [*tensors, "c" * 99], 10**9)
+    assert written == (dict.fromkeys(tensors, SINGLE), 22 * dtype.itemsize)
+    read = load_file(tmp_path / SINGLE)
     assert same(read, tensors)
-    with safe_open(tmp_path / "ours", framework="pt") as file:
+    with safe_open(tmp_path / SINGLE, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 

@@ -272,7 +272,9 @@ def test_weights_too_large_for_float16_are_refused(
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 70000
     save_checkpoint(tmp_path / "m", stories.config, tensors)
     tokenizer = data / "tokenizers" / "stories260K_tok512.model"
-    with pytest.raises(ValueError, match="up_proj.weight reaches 70000, which F16 cannot hold"):
+    with pytest.raises(
+        ValueError, match="up_proj.weight reaches 70000, which torch.float16 cannot hold"
+    ):
         run("export-gguf", tmp_path / "m", tmp_path / "m.gguf", "--tokenizer", tokenizer)
     assert not (tmp_path / "m.gguf").exists()
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from bioinstruct.synth import draws
 from bioinstruct.synth.answers import Candidate, candidates
-from bioinstruct.synth.journal import Text
 from bioinstruct.synth.sieve import Sieve
+from bioinstruct.synth.totals import Text
 
 TASK = {"instruction": "Name the finding.", "input": "A note.", "output": "Fever."}
 LISTED = "4. Instruction: Name it.\n4. Input: A note.\n4. Output: Fever.\nAnd rash.\n\n"

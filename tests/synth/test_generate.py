@@ -19,10 +19,10 @@ from bioinstruct.synth import generate
 from bioinstruct.synth.console import Stopped
 from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.generation import Result
-from bioinstruct.synth.journal import read_totals
 from bioinstruct.synth.money import PICO
 from bioinstruct.synth.records import read_records
 from bioinstruct.synth.report import status
+from bioinstruct.synth.totals import read_totals
 
 PRICE_IN, PRICE_OUT = 1.0, 2.0
 Make = Callable[..., Result]

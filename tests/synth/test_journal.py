@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bioinstruct.synth.journal import NAME, Answer, Journal, read_totals
+from bioinstruct.synth.journal import NAME, Journal
 from bioinstruct.synth.money import Usage
+from bioinstruct.synth.totals import Answer, read_totals
 
 RAW = b'{"choices": [{"message": {"content": "a \\"raw\\": b"}}], "model": ",\\"raw\\":"}'
 BODIES = (

@@ -320,8 +320,9 @@ def test_answers_to_the_public_say_when_to_seek_care(seed: Seed) -> None:
 @pytest.mark.parametrize("path", PROMPTS, ids=lambda path: path.stem)
 def test_prompts_hold_the_documented_placeholders(path: Path) -> None:
     text = path.read_text(encoding="ascii")
-    assert set(re.findall(r"\{(\w+)\}", text)) == {"n", "shown", "first", "seeds"}
-    assert all(f"{{{name}}}" in (module.__doc__ or "") for name in ("n", "shown", "first", "seeds"))
+    assert set(re.findall(r"\{(\w+)\}", text)) == {"n", "shown", "first", "seeds", "also"}
+    known = ("n", "shown", "first", "seeds", "also")
+    assert all(f"{{{name}}}" in (module.__doc__ or "") for name in known)
     assert text.count("{seeds}") == 1
     assert re.findall(r"^(\d)\. ", text, re.MULTILINE) == list("12345678")  # as many as the paper
 

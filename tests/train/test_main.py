@@ -126,6 +126,26 @@ def test_a_continued_adapter_keeps_its_rank(settings: dict[str, str], data: Path
         call(settings | more)
 
 
+def test_a_start_by_pissa_is_saved_for_the_unchanged_model(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    call(settings | {"lora.init": "pissa", "lora.plus_ratio": "2"})
+    out = tmp_path / "out"
+    recipe, again, adapter = str(out / "run.toml"), tmp_path / "again", out / "adapter"
+    command.main([recipe, "--set", f"out={again}"], standalone_mode=False)
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (out / name).read_bytes()
+    # continued by a step that moves nothing, on the model as it is in its file
+    still = {"lora.init_from": str(adapter), "train.steps": "1", "train.lr": "1e-12"}
+    del settings["lora.r"]
+    call(settings | still | {"out": str(tmp_path / "still")})
+    losses = [
+        next(row["val_loss"] for row in rows(folder / "metrics.jsonl") if "val_loss" in row)
+        for folder in (out, tmp_path / "still")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_the_average_is_what_is_saved(settings: dict[str, str], tmp_path: Path) -> None:
     call(settings)
     call(settings | {"train.ema": "0.9", "out": str(tmp_path / "average")})
@@ -183,6 +203,11 @@ def test_tasks_are_scored_before_and_after(
     assert "the tuned model is not above the baseline" in capsys.readouterr().out
     for stage in ("before", "after"):
         assert (tmp_path / "out" / f"eval-{stage}" / "results.json").is_file()
+    # what PiSSA takes out of the weights is there when the untrained model answers
+    other = {"lora.init": "pissa", "out": str(tmp_path / "pissa")}
+    call(settings | other, "--set", f"eval.tasks={tasks}")
+    samples = "eval-before/samples_ncbi-disease.jsonl"
+    assert (tmp_path / "pissa" / samples).read_text() == (tmp_path / "out" / samples).read_text()
 
 
 def bad_json(data: Path, tmp: Path) -> dict[str, str]:

@@ -127,6 +127,23 @@ def test_stopping_and_resuming_changes_nothing(
     assert f"after step {step}, 1 ranks" in told
 
 
+def test_pissa_resumes_too(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapters hold a part of the weights, which a resumed run takes out of them again."""
+    more = {"lora.init": "pissa", "train.steps": "4", "lora.dropout": "0", "train.samples": "0"}
+    call(settings | more, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Stopped):
+            call(settings | more, tmp_path / "out")
+    call(settings | more, tmp_path / "out", "--resume")
+    for folder in ("adapter", "adapter-best"):
+        name = f"{folder}/adapter_model.safetensors"
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert rows(tmp_path / "straight/metrics.jsonl") == rows(tmp_path / "out/metrics.jsonl")
+
+
 def start(settings: dict[str, str], out: Path, *more: str) -> subprocess.Popen[str]:
     arguments = [*flags(settings), "--set", f"out={out}", "--resume", *more]
     return subprocess.Popen(
@@ -167,11 +184,13 @@ def test_three_kills_change_nothing(
         killed += kill_after(start(busy, out), out, step, random_.uniform(0, 0.1))
         assert len(steps_of(out / "state")) in (1, 2, 3)
     assert killed == 3
+    (out / "adapter" / ".writing-x").write_text("what a kill leaves")
     process = start(busy, out)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert re.search(r"resuming after step \d+ of 20", err)
     assert_same_run(straight, out)
+    assert not list(out.rglob(".writing-*"))
 
 
 def test_rows_after_the_state_are_kept_aside(

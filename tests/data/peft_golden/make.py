@@ -16,6 +16,9 @@ golden.npz       ids_0, ids_1: token ids; and float32 logits of both, one below 
                  seven, two, patterned   transformers + peft, the adapter as peft wrote it
                  plain        transformers, the model as we export it (one file, and in shards)
                  merged       transformers, the model as we export it with `seven` merged
+                 pissa, pissa_patterned   PiSSA adapters that peft made and plain gradient steps
+                              moved; *_losses are those of the steps, pissa_rest is what peft left
+                              of a weight
 smollm2.npz      transformers on SmolLM2-135M-Instruct as we export it from its GGUF file: ids_0,
                  ids_1, and every 768th logit
 made.json        versions, and by how much our own logits differed here (largest absolute)
@@ -35,9 +38,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from bioinstruct.model import load
-from bioinstruct.model.adapters import CONFIG, Adapters
+from bioinstruct.model.adapters import CONFIG, Adapters, LoraSettings
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
 from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
 
@@ -53,6 +57,26 @@ PATTERNED = {
     "rank_pattern": {"model.layers.2.self_attn.q_proj": 2, "up_proj": 2},
     "alpha_pattern": {"v_proj": 8.0, "layers.4.mlp.down_proj": 8.0},
 }
+STARTS: dict[str, tuple[dict[str, Any], LoraSettings]] = {
+    "pissa": (
+        {"r": 4, "lora_alpha": 6, "target_modules": SEVEN},
+        LoraSettings(r=4, alpha=6.0, init="pissa"),
+    ),
+    "pissa_patterned": (
+        PATTERNED,
+        LoraSettings(
+            r=4,
+            alpha=6.0,
+            init="pissa",
+            rslora=True,
+            layers=(0, 2, 4),
+            rank_pattern={"model.layers.2.self_attn.q_proj": 2, "up_proj": 2},
+            alpha_pattern={"v_proj": 8.0, "layers.4.mlp.down_proj": 8.0},
+        ),
+    ),
+}
+RATE, STEPS = 0.003, 5  # of the gradient steps
+REST = "model.layers.3.mlp.up_proj"
 PROMPTS = "The patient was given 5 mg of warfarin daily.", "Question: what is ataxia?\nAnswer:"
 ALLOWED = 1e-4
 
@@ -144,6 +168,69 @@ def outputs(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     return golden, errors
 
 
+def peft_s_pissa(name: str) -> dict[str, Tensor]:
+    """Let peft start an adapter by PiSSA and train it: losses, logits, and a weight's rest."""
+    peft, documents = module("peft"), documents_of_story()
+    settings = {"task_type": "CAUSAL_LM", "init_lora_weights": "pissa", **STARTS[name][0]}
+    with warnings.catch_warnings():
+        # peft cannot export rsLoRA with patterns
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA", UserWarning)
+        config = peft.LoraConfig(**settings)
+    model = peft.get_peft_model(their_model(BASE), config)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    losses = []
+    for _ in range(STEPS):
+        loss = torch.tensor(0.0)
+        for ids in documents:
+            logits = model(input_ids=torch.tensor([ids])).logits[0]
+            loss = loss + cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum")
+        losses.append(loss.detach())
+        with torch.no_grad():
+            for weight, grad in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+                weight -= RATE * grad
+    logits, rest = their_logits(model, documents), model.get_submodule(f"base_model.model.{REST}")
+    found = {name: logits, f"{name}_losses": torch.stack(losses)}
+    return found | (
+        {f"{name}_rest": rest.base_layer.weight[:16].detach()} if name == "pissa" else {}
+    )
+
+
+def our_pissa(name: str, folder: Path) -> Tensor:
+    """The same by us, saved to a folder; our logits."""
+    model, documents = our_model(BASE), documents_of_story()
+    adapters = Adapters(model.config, STARTS[name][1])
+    adapters.take_principal(model.destinations(), 0)
+    labels, rows = labels_of(documents)
+    for _ in range(STEPS):
+        logits = model.logits(pack_documents(documents), adapters)[rows]
+        cross_entropy(logits, labels, reduction="sum").backward()
+        adapters.flat_P.sub_(adapters.grad_P, alpha=RATE)
+        adapters.grad_P.zero_()
+    adapters.save(folder, "stories260K")
+    return our_logits(model, documents, adapters)
+
+
+def labels_of(documents: list[list[int]]) -> tuple[Tensor, list[int]]:
+    """The next token of every token that has one, and their rows in the pack."""
+    places = [(d, i) for d, ids in enumerate(documents) for i in range(len(ids))]
+    rows = [row for row, (d, i) in enumerate(places) if i + 1 < len(documents[d])]
+    return torch.tensor([documents[places[r][0]][places[r][1] + 1] for r in rows]), rows
+
+
+def pissa_outputs(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What peft gets, and how far ours is from it, and our files in peft from ours."""
+    golden: dict[str, Tensor] = {}
+    errors = {}
+    for name in STARTS:
+        golden |= peft_s_pissa(name)
+        ours = our_pissa(name, folder / name)
+        model = module("peft").PeftModel.from_pretrained(their_model(BASE), folder / name)
+        opened = their_logits(model.eval(), documents_of_story())
+        errors[name] = float((ours - golden[name]).abs().max())
+        errors[f"exported {name}"] = float((ours - opened).abs().max())
+    return golden, errors
+
+
 def smollm2_outputs(path: Path, folder: Path) -> tuple[dict[str, Any], float]:
     """Export a GGUF model and open it in transformers: what goes to smollm2.npz, and our error."""
     llm = load(path, dtype="float32", device="cpu")
@@ -177,7 +264,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         golden, errors = outputs(folder)
-        files = {"golden.npz": ids_of(documents_of_story()) | kept(golden)}
+        started, more = pissa_outputs(folder)
+        arrays = kept(golden) | {name: tensor.numpy() for name, tensor in started.items()}
+        files = {"golden.npz": ids_of(documents_of_story()) | arrays}
+        errors |= more
         if arguments.smollm2:
             files["smollm2.npz"], errors["smollm2"] = smollm2_outputs(arguments.smollm2, folder)
         if not arguments.check:
