@@ -68,7 +68,7 @@ class Ranks:
     def begin_step(self, number: int) -> None:
         """Note which step this rank is in, for the report should it die."""
         if self.watch is not None:
-            self.watch.step = number
+            self.watch.begin_step(number)
 
     def trouble(self) -> None:
         """Expect a rank to be lost: torchrun ends all ranks when one dies, by SIGTERM."""

@@ -7,7 +7,7 @@ torchrun hands on SIGINT and SIGTERM by itself, and SIGUSR1 with `--signals-to-h
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -17,11 +17,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
+def stop_requests(told: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """Collect the signals instead of breaking off.
 
     Alone, the same signal a second time breaks off. Under torchrun a repeated one does nothing: a
     terminal sends Ctrl-C to every process, and torchrun sends it once more.
+
+    Args:
+        told: called at each signal.
 
     Yields:
         The signals that came, in order.
@@ -35,6 +38,7 @@ def stop_requests() -> Iterator[list[int]]:
         if not asked:
             note(f"\n{signal.Signals(number).name}: stopping after this step")
         asked.append(number)
+        told()
 
     previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:

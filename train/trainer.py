@@ -129,7 +129,7 @@ class Trainer:
             also = tensorboard_writer(self.out, self.standing.step)
         self.log = MetricsLog(self.out / folder.METRICS if first else Path(os.devnull), also)
         try:
-            with stop_requests() as asked:
+            with stop_requests(self.prepared.ranks.trouble) as asked:
                 self._run(asked)
             if self.prepared.adapters is None:
                 with self.optimizer.averaged():

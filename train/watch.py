@@ -54,6 +54,11 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
+    def begin_step(self, number: int) -> None:
+        """Say which step this rank is in."""
+        self.step = number
+        self._beat()
+
     def trouble(self) -> None:
         """Be less patient from now on: something has gone wrong somewhere."""
         self._troubled = True
