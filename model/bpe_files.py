@@ -36,6 +36,8 @@ GGUF_SPLITS = {
     "llama-bpe": LLAMA3,
     "qwen2": QWEN2,
 }
+# far above any vocabulary's; a damaged file must not ask for terabytes
+MAX_ID = 1 << 24
 # types of a token in a GGUF vocabulary; 2 is unknown, 4 user-defined
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 
@@ -111,9 +113,7 @@ def from_json(path: Path) -> ByteVocabulary:
     root = Fields(read_json(path), str(path))
     model = Fields(root.mapping.get("model"), f"{path}: model")
     _check_model(model)
-    vocab = Fields(model.mapping.get("vocab"), f"{path}: model.vocab").mapping
-    if not all(type(token) is int for token in vocab.values()):
-        raise ValueError(f"{path}: model.vocab: every id must be a whole number")
+    vocab = vocabulary_of(model)
     declared = read_declared(path.parent)
     controls = declared.added | added_tokens(root)
     opens = _opening_token(root)
@@ -132,6 +132,14 @@ def from_json(path: Path) -> ByteVocabulary:
         eos_id=controls.get(names["eos"] or ""),
         adds_bos=opens is not None if declared.adds_bos is None else declared.adds_bos,
     )
+
+
+def vocabulary_of(model: Fields) -> Mapping[str, int]:
+    """Return the pieces under vocab: text -> id."""
+    vocab = Fields(model.mapping.get("vocab"), f"{model.source}.vocab").mapping
+    if not all(type(token) is int for token in vocab.values()):
+        raise ValueError(f"{model.source}.vocab: every id must be a whole number")
+    return vocab
 
 
 def merges_of(fields: Fields, key: str) -> list[tuple[str, str]]:
@@ -194,6 +202,8 @@ def added_tokens(root: Fields) -> dict[str, int]:
         if not name.strip():
             fields.refuse("content", "added tokens made of blanks are not supported")
         added[name] = fields.integer("id")
+        if not 0 <= added[name] <= MAX_ID:
+            fields.refuse("id", f"it must be a token id from 0 to {MAX_ID}")
     return added
 
 

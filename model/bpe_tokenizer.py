@@ -22,6 +22,7 @@ import tiktoken
 from bioinstruct.model.bpe_files import (
     CONTROL,
     GGUF_SPLITS,
+    MAX_ID,
     NORMAL,
     UNUSED,
     ByteVocabulary,
@@ -32,8 +33,6 @@ from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 
 # tiktoken's matcher overflows its stack on a run of a million blanks
 MAX_BLANKS = 500_000
-# far above any vocabulary's; a damaged file must not ask for terabytes
-MAX_ID = 1 << 24
 
 
 Order = Mapping[tuple[str, str], int]  # pair of pieces -> its place in the list of merges
@@ -107,7 +106,19 @@ class ByteBPE(Tokenizer):
         data = text.encode("utf-8")
         if len(data.translate(None, self._lacking)) < len(data):
             return self._encode_without(text)
-        return [self._ids[rank] for rank in self._encoding.encode_ordinary(text)]
+        return [self._ids[rank] for rank in self._ranks_of(text)]
+
+    def _ranks_of(self, text: str) -> list[int]:
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # a panic of tiktoken's Rust is no Exception, and has no name to import
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                f"{self.source}: its pattern splits the text into words that cannot be encoded, "
+                "such as empty ones"
+            ) from None
 
     def _encode_continuation(self, text: str) -> list[int]:
         return self._encode(text)

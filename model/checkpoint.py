@@ -262,7 +262,8 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def _plain_name(index: Path, place: object) -> str:
-    if not isinstance(place, str) or not place or Path(place).name != place:
+    plain = isinstance(place, str) and 0 < len(place) < 256 and "\0" not in place
+    if not (isinstance(place, str) and plain and Path(place).name == place):
         raise ValueError(f"{index}: weight_map holds {shown(place)}; it must be a file beside it")
     return place
 

@@ -1,12 +1,11 @@
 """`python -m bioinstruct.model.checkpoint`: look at a model's files, and write them anew.
 
-    inspect MODEL               shape, dtype, tokenizer, template, memory for training
+    inspect MODEL               shape, dtype, tokenizer, template, estimated memory for training
     convert MODEL OUT           to Hugging Face's safetensors, or to Meta's consolidated.00.pth
     merge MODEL ADAPTER OUT     the same with an adapter added to the weights, and checked
     export-gguf MODEL OUT       to one GGUF file with its tokenizer, for llama.cpp and its kin
 
-No command holds a model in memory: tensors are read, changed and written one at a time, a file of
-the output at most.
+No command holds a model in memory: tensors are read, changed and written one at a time.
 """
 
 import shutil
@@ -55,7 +54,7 @@ def command() -> None:
 @_MODEL
 @click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True)
 def inspect(model: Path, tokens: int) -> None:
-    """Print what a model is, and the memory to train it on packs of --tokens tokens."""
+    """Print what a model is, and estimate the memory to train it on packs of --tokens tokens."""
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     checkpoint.check(config.tensor_shapes())
@@ -92,11 +91,12 @@ def _tokenizer_rows(path: Path, config: LlamaConfig) -> dict[str, str]:
 def _memory_rows(config: LlamaConfig, tokens: int) -> dict[str, str]:
     settings = LoraSettings()
     sizes = Adapters(config, settings, "meta").flat_P.numel()
-    name = f"memory at {tokens} tokens"
+    name = f"estimate at {tokens} tokens"
     return {
         name: f"bfloat16: {_gb(training_bytes(config, sizes, tokens, 2))}, float32: "
-        f"{_gb(training_bytes(config, sizes, tokens, 4))} (LoRA r={settings.r} everywhere, "
-        "nothing recomputed)"
+        f"{_gb(training_bytes(config, sizes, tokens, 4))} (weights, LoRA r={settings.r} everywhere "
+        "with gradient and moments, and what every layer keeps for its gradient, nothing "
+        "recomputed; by formula, not measured)"
     }
 
 

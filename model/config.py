@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bioinstruct.model.fields import Fields, build, require
+from bioinstruct.model.fields import Fields, build, require, shown
 from bioinstruct.model.rope_scaling import (
     LinearRopeScaling,
     Llama3RopeScaling,
@@ -67,6 +67,11 @@ _HF_FIXED: Mapping[str, object] = {
 }
 
 
+# no model comes near; a damaged file must not ask for tables without end
+MAX_SIZE = 2**31
+MOST = {"num_layers": 4096, "head_dim": 65536}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """The shape and constants of one model: LLaMA 1, 2, 3, 3.1, 3.2, Mistral, Qwen 2 and 3."""
@@ -105,8 +110,12 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float):
-                rule = f"{field.name} is {value}; it must be above 0 and finite"
+            limit = MOST.get(field.name, MAX_SIZE)
+            if field.type is int:
+                rule = f"{field.name} is {shown(value)}; it must be above 0, at most {limit}"
+                require(0 < value <= limit, rule)
+            if field.type is float:
+                rule = f"{field.name} is {shown(value)}; it must be above 0 and finite"
                 require(0 < value < math.inf, rule)
         heads, kv_heads = self.num_heads, self.num_kv_heads
         require(heads % kv_heads == 0, f"num_kv_heads {kv_heads} does not divide num_heads {heads}")
@@ -198,7 +207,7 @@ class LlamaConfig:
         for key in (f"{arch}.rope.dimension_count", f"{arch}.attention.value_length"):
             if fields.integer(key, head_dim) != head_dim:
                 fields.refuse(key, f"it must be the width of a head, {head_dim}")
-        rope_base = _shortest(fields.number(f"{arch}.rope.freq_base", 10000.0))
+        rope_base = _single(fields, f"{arch}.rope.freq_base", 10000.0)
         return build(
             cls,
             source,
@@ -209,7 +218,7 @@ class LlamaConfig:
             num_heads=heads,
             num_kv_heads=fields.integer(f"{arch}.attention.head_count_kv", heads),
             head_dim=head_dim,
-            norm_eps=_shortest(fields.number(f"{arch}.attention.layer_norm_rms_epsilon")),
+            norm_eps=_single(fields, f"{arch}.attention.layer_norm_rms_epsilon"),
             rope_base=rope_base,
             rope_scaling=rope_from_gguf(fields, head_dim, rope_base, rope_divisors, arch),
             max_positions=fields.integer(f"{arch}.context_length"),
@@ -341,7 +350,8 @@ def _positions(fields: Fields, family: str) -> int:
         return context
     absent = 4096 if family == "mistral" and "sliding_window" not in fields.mapping else context
     window = fields.integer("sliding_window", absent)
-    sliding = "sliding_attention" in (fields.mapping.get("layer_types") or ())
+    kinds = fields.mapping.get("layer_types")
+    sliding = isinstance(kinds, list) and "sliding_attention" in kinds
     acts = family == "mistral" or sliding or fields.boolean("use_sliding_window", False)
     return min(context, window) if acts else context
 
@@ -381,6 +391,9 @@ def _gguf_eos_ids(fields: Fields) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for key in keys for token in fields.ids(key, None)))
 
 
-def _shortest(value: float) -> float:
-    # the header's numbers are float32: 9.99999974e-06 there was 1e-05 before
+def _single(fields: Fields, key: str, *default: float) -> float:
+    """A positive number; the header's are float32: 9.99999974e-06 there was 1e-05 before."""
+    value = fields.number(key, *default)
+    if not 0 < value < 1e38:
+        fields.refuse(key, "it must be above 0 and finite")
     return float(str(np.float32(value)))

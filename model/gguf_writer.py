@@ -126,6 +126,8 @@ def _add_words(writer: Any, tokenizer: Tokenizer, words: GgufWords, rows: int) -
         writer.add_token_scores([*words.scores, *(-10000.0 for _ in missing)])
     if words.merges is not None:
         writer.add_token_merges(words.merges)
+    if words.space_prefix is not None:
+        writer.add_add_space_prefix(words.space_prefix)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
     if tokenizer.eos_id is not None:

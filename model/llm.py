@@ -195,6 +195,8 @@ def load(
     checkpoint = open_checkpoint(Path(path))
     words = load_tokenizer(Path(tokenizer) if tokenizer else Path(path))
     check_vocabulary(checkpoint.config, words, Path(path))
+    # before memory is asked for: a configuration may say anything
+    checkpoint.check(checkpoint.config.tensor_shapes())
     model = Llama(checkpoint.config, where, kind)
     model.attention_backend = choose_backend(attention, where, kind)
     checkpoint.load_into(model.destinations())

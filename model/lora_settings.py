@@ -5,16 +5,18 @@
 
 Single modules may differ from the rest: `rank_pattern` and `alpha_pattern` name them by PEFT's
 rule. A pattern is a regular expression for a module's whole name ("model.layers.3.mlp.up_proj") or
-for its end after a dot ("up_proj"); the first pattern that matches counts.
+for its end after a dot ("up_proj"); the first pattern that matches counts. One that searches for
+ever, as somebody else's file may hold, is given up.
 """
 
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+import regex  # what tiktoken itself depends on; unlike re it can be told to give up
 
 TARGETS = {
     "q_proj": ("qkv", "self_attn.q_proj"),
@@ -27,6 +29,7 @@ TARGETS = {
 }
 """PEFT's name of each projection -> its group and its path in a layer."""
 MAX_RANK = 256
+PATIENCE_S = 1.0
 T = TypeVar("T", int, float)
 
 
@@ -86,7 +89,7 @@ class LoraSettings:
         self._check_init()
 
     def _check_init(self) -> None:
-        if not re.fullmatch(r"kaiming|pissa|pissa_niter_\d{1,3}", self.init):
+        if not regex.fullmatch(r"kaiming|pissa|pissa_niter_\d{1,3}", self.init):
             raise ValueError(
                 f"lora.init = {self.init!r} is unknown; allowed are kaiming, pissa and "
                 "pissa_niter_N, such as pissa_niter_4"
@@ -169,15 +172,27 @@ def _keyed(name: str, pattern: Mapping[str, T]) -> dict[str, T]:
 
 def _matching(pattern: Mapping[str, T], path: str, otherwise: T) -> T:
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if matches(rf"(.*\.)?({key})", path):
             return value
     return otherwise
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches the whole name of a module.
+
+    Raises:
+        ValueError: it is none, or takes longer than a second.
+    """
+    try:
+        return regex.fullmatch(pattern, path, timeout=PATIENCE_S) is not None
+    except TimeoutError:
+        raise ValueError(f"lora: the pattern {pattern!r} searches without end") from None
+
+
 def _check_pattern(pattern: str) -> None:
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
+        regex.compile(rf"(.*\.)?({pattern})$")
+    except regex.error as error:
         raise ValueError(f"lora: the pattern {pattern!r} cannot be read: {error}") from None
 
 

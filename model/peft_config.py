@@ -5,12 +5,13 @@ by name where it does not; those that only say how it was trained are passed ove
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bioinstruct.model.lora_settings import TARGETS, LoraSettings, module_path
+import regex
+
+from bioinstruct.model.lora_settings import TARGETS, LoraSettings, matches, module_path
 
 CONFIG = "adapter_config.json"
 _STARTS = ("gaussian", "orthogonal", "eva")  # PEFT's other ones take the first A and B out of W
@@ -91,7 +92,7 @@ def read_settings(folder: Path, num_layers: int) -> LoraSettings:
         )
     except KeyError as error:
         raise ValueError(f"{path} lacks the field {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -144,11 +145,11 @@ def _chosen(config: Mapping[str, Any], num_layers: int) -> tuple[tuple[str, ...]
 def _matched(expression: str, num_layers: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The targets and layers whose modules' names a regular expression matches in whole."""
     try:
-        pattern = re.compile(expression)
-    except re.error as error:
+        regex.compile(expression)
+    except regex.error as error:
         raise ValueError(f"target_modules = {expression!r} cannot be read: {error}") from None
     every = [(layer, target) for layer in range(num_layers) for target in TARGETS]
-    found = {(i, target) for i, target in every if pattern.fullmatch(module_path(i, target))}
+    found = {(i, target) for i, target in every if matches(expression, module_path(i, target))}
     layers = sorted({layer for layer, _ in found})
     targets = tuple(t for t in TARGETS if t in {target for _, target in found})
     if not found:

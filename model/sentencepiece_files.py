@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bioinstruct.model.bpe_files import added_tokens, listed, merges_of, steps_of
+from bioinstruct.model.bpe_files import added_tokens, listed, merges_of, steps_of, vocabulary_of
 from bioinstruct.model.fields import Fields
 from bioinstruct.model.gguf_header import read_metadata
 from bioinstruct.model.tokenizer_config import read_json
@@ -81,7 +81,7 @@ def from_json(path: Path) -> Written:
     """
     root = Fields(read_json(path), str(path))
     model = Fields(root.mapping.get("model"), f"{path}: model")
-    vocab = Fields(model.mapping.get("vocab"), f"{path}: model.vocab").mapping
+    vocab = vocabulary_of(model)
     by_id = {token: text for text, token in vocab.items()}
     if sorted(by_id, key=str) != sorted(range(len(vocab)), key=str):
         raise ValueError(f"{path}: model.vocab: the ids must be 0 to {len(vocab) - 1}, each once")
@@ -158,8 +158,10 @@ def _proto(pieces: Sequence[Piece], prefix: bool, bos: str, eos: str) -> bytes:
     trained = _number(3, MODEL_BPE) + _number(4, len(pieces)) + _number(35, fallback)
     trained += _text(45, unknown) + _text(46, bos) + _text(47, eos)
     normal = _text(1, "identity") + _number(3, prefix) + _number(4, 0)
-    rows = (_bytes(1, _text(1, p.text) + _float(2, p.score) + _number(3, p.kind)) for p in pieces)
-    return b"".join(rows) + _bytes(2, trained) + _bytes(3, normal)
+    rows = (
+        length_field(1, _text(1, p.text) + _float(2, p.score) + _number(3, p.kind)) for p in pieces
+    )
+    return b"".join(rows) + length_field(2, trained) + length_field(3, normal)
 
 
 def _varint(value: int) -> bytes:
@@ -178,9 +180,10 @@ def _float(field: int, value: float) -> bytes:
     return _varint(field << 3 | 5) + struct.pack("<f", value)
 
 
-def _bytes(field: int, content: bytes) -> bytes:
+def length_field(field: int, content: bytes) -> bytes:
+    """Write a protobuf field of bytes: its number and type, its length, its content."""
     return _varint(field << 3 | 2) + _varint(len(content)) + content
 
 
 def _text(field: int, content: str) -> bytes:
-    return _bytes(field, content.encode("utf-8"))
+    return length_field(field, content.encode("utf-8"))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from bioinstruct.model.sentencepiece_files import Written
+from bioinstruct.model.sentencepiece_files import Written, length_field
 from bioinstruct.model.tokenizer import GgufWords, Tokenizer
 from bioinstruct.model.tokenizer_config import read_declared
 
@@ -114,6 +114,7 @@ class Sentencepiece(Tokenizer):
                 for token in range(self.vocab_size)
             ],
             merges=None,
+            space_prefix=self._prefixes,
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -191,7 +192,7 @@ def _markers_to_control(source: Path) -> bytes:
     try:
         for tag, whole, payload in _fields(data):
             marker = tag == PIECE and USER_DEFINED in payload and _is_marker(payload)
-            out += _piece_field(payload + CONTROL) if marker else whole
+            out += length_field(1, payload + CONTROL) if marker else whole
             tags.add(tag)
     except IndexError:
         raise _unreadable(source) from None
@@ -206,14 +207,6 @@ def _is_marker(payload: bytes) -> bool:
     fields = {tag: (whole, content) for tag, whole, content in _fields(payload)}
     (_, text), (kind, _) = fields.get(0x0A, (b"", b"")), fields.get(0x18, (b"", b""))
     return kind == USER_DEFINED and any(map(str.isalpha, text.decode("utf-8", "replace")))
-
-
-def _piece_field(payload: bytes) -> bytes:
-    length, size = len(payload), bytearray()
-    while length > 0x7F:
-        size.append(length & 0x7F | 0x80)
-        length >>= 7
-    return bytes([PIECE, *size, length]) + payload
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:

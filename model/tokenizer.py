@@ -43,6 +43,8 @@ class GgufWords(NamedTuple):
     """1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
     scores: list[float] | None
     merges: list[str] | None
+    space_prefix: bool | None = None
+    """Whether a blank is put before a text, for llama."""
 
 
 class Tokenizer(ABC):
@@ -204,7 +206,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.exists():
         raise ValueError(f"no tokenizer can be read from {path}: there is no such file or folder")
     if path.is_file() and not path.name.endswith(WEIGHTS):
-        return _load_file(path)
+        return _load_checked(path)
     folder = (path if path.is_dir() else path.parent).resolve()
     places = [(folder, pattern) for pattern in PATTERNS]
     # a GGUF file in the folder above is another model
@@ -236,13 +238,23 @@ def checked(text: str) -> str:
 
 
 def _only(files: list[Path]) -> Tokenizer:
-    loaded = [_load_file(file) for file in files]
+    loaded = [_load_checked(file) for file in files]
     if len({tokenizer.fingerprint for tokenizer in loaded}) > 1:
         raise ValueError(
             f"{files[0].parent} holds several tokenizers that differ: "
             f"{', '.join(file.name for file in files)}; name one of them in model.tokenizer"
         )
     return loaded[0]
+
+
+def _load_checked(path: Path) -> Tokenizer:
+    try:
+        return _load_file(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: a token holds the lone surrogate U+{ord(error.object[error.start]):04X}, "
+            "which is half a character; the file is damaged, download or copy it again"
+        ) from None
 
 
 def _load_file(path: Path) -> Tokenizer:

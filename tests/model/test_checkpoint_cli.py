@@ -48,7 +48,7 @@ def test_inspect_says_what_a_model_is(data: Path, name: str) -> None:
     assert f"{config.parameter_count():,} in " in text
     assert f"{config.num_layers} layers of width {config.hidden_size}" in text
     assert re.search(rf"family +{config.family}\n", text)
-    assert "memory at 4096 tokens" in text
+    assert "estimate at 4096 tokens" in text and "by formula, not measured" in text
 
 
 def test_inspect_shows_tokenizer_and_template(smollm2: Path) -> None:
@@ -263,6 +263,19 @@ def test_the_tokenizer_of_an_exported_gguf_is_the_same(
         words.adds_bos,
     )
     assert again.control_ids >= words.control_ids
+
+
+def test_a_tokenizer_without_a_leading_blank_keeps_to_that(data: Path, tmp_path: Path) -> None:
+    source = data / "tokenizers" / "stories260k_json" / "tokenizer.json"
+    content = json.loads(source.read_text("utf-8"))
+    steps = content["normalizer"]["normalizers"]
+    content["normalizer"]["normalizers"] = [s for s in steps if s["type"] != "Prepend"]
+    bare, path = tmp_path / "tokenizer.json", tmp_path / "m.gguf"
+    bare.write_text(json.dumps(content))
+    run("export-gguf", data / "stories260K", path, "--tokenizer", bare)
+    again = load_tokenizer(path)
+    assert again.encode("once upon") == load_tokenizer(bare).encode("once upon")
+    assert again.encode("once upon") != load_tokenizer(source).encode("once upon")
 
 
 def test_weights_too_large_for_float16_are_refused(

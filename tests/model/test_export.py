@@ -20,16 +20,6 @@ from bioinstruct.model.checkpoint import SINGLE, open_checkpoint, save_checkpoin
 from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
 
 
-@pytest.fixture(scope="module")
-def peft(data: Path) -> Path:
-    return data / "peft_golden"
-
-
-@pytest.fixture(scope="module")
-def golden(peft: Path) -> dict[str, np.ndarray]:
-    return dict(np.load(peft / "golden.npz"))
-
-
 @pytest.fixture
 def seven(stories: Llm, peft: Path) -> Adapters:
     """Seven adapted projections with B that is not zero."""

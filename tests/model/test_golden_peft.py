@@ -27,16 +27,6 @@ UP_A = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
 Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 
-@pytest.fixture(scope="module")
-def peft(data: Path) -> Path:
-    return data / "peft_golden"
-
-
-@pytest.fixture(scope="module")
-def golden(peft: Path) -> dict[str, np.ndarray]:
-    return dict(np.load(peft / "golden.npz"))
-
-
 def logits(llm: Llm, adapters: Adapters | None, golden: dict[str, np.ndarray]) -> np.ndarray:
     adapted = Llm(llm.path, llm.model, llm.tokenizer, adapters)
     documents = [golden["ids_0"].tolist(), golden["ids_1"].tolist()]

@@ -6,18 +6,22 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bioinstruct.model import Llm, load
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
+from bioinstruct.model.checkpoint_cli import command
 from bioinstruct.model.llama import Llama
 from bioinstruct.model.pickled import read_pickled
+from bioinstruct.model.pickled_writer import PickledFile
 
 Q = "layers.3.attention.wq.weight"
 
@@ -164,6 +168,48 @@ def test_parts_that_do_not_belong_together(
     change(two, edit, "01")
     with pytest.raises(ValueError, match=sentence):
         loaded(two)
+
+
+# ---- what we write -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_torch_reads_what_we_write(tmp_path: Path, dtype: torch.dtype, mapped: bool) -> None:
+    tensors = {f"layer.{n}": torch.arange(n * 3.0).view(n, 3).to(dtype) for n in (1, 2, 7, 50)} | {
+        "one": torch.ones(5, dtype=dtype)
+    }
+    path = tmp_path / "consolidated.00.pth"
+    with closing(PickledFile(path)) as file:
+        for name, tensor in tensors.items():
+            file.add(name, tensor)
+    read = torch.load(path, weights_only=True, mmap=mapped)
+    assert list(read) == list(tensors)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        whole = path.read_bytes()
+        for number, tensor in enumerate(tensors.values()):
+            data = tensor.view(torch.uint8).numpy().tobytes()
+            assert archive.read(f"consolidated.00/data/{number}") == data
+            if len(data) > 30:
+                assert whole.index(data) % 64 == 0
+
+
+@pytest.mark.parametrize("form", [["convert", "--to", "meta"], ["convert"], ["export-gguf"]])
+def test_no_form_is_written_with_weights_that_are_not_finite(
+    stories: Llm, data: Path, tmp_path: Path, form: list[str]
+) -> None:
+    tensors = {name: t.clone() for name, t in stories.model.destinations().items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(data / "stories260K" / "config.json", tmp_path)
+    words = data / "tokenizers" / "stories260K_tok512.model"
+    shutil.copy(words, tmp_path / "tokenizer.model")
+    flags = [form[0], str(tmp_path), str(tmp_path / "out"), *form[1:]]
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight holds NaN"):
+        command.main(flags, standalone_mode=False)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- hostile and broken pickles ----------------------------------------------------------------

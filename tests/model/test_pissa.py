@@ -33,11 +33,6 @@ STARTS = {"pissa": LoraSettings(r=4, alpha=6.0, init="pissa"), "pissa_patterned"
 RATE = 0.003  # of make.py's gradient steps
 
 
-@pytest.fixture(scope="module")
-def golden(data: Path) -> dict[str, np.ndarray]:
-    return dict(np.load(data / "peft_golden" / "golden.npz"))
-
-
 @pytest.fixture
 def opened(data: Path) -> Callable[..., Llama]:
     """A model with weights of its own, which PiSSA may change."""

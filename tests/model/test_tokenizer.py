@@ -1,12 +1,15 @@
 """Laws that every tokenizer obeys, and ids equal to an independent implementation's."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bioinstruct.model.bpe_files import LLAMA3
 from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZERS = Path(__file__).parent.parent / "data" / "tokenizers"
@@ -50,6 +53,28 @@ def test_smollm2_ids_equal_the_independent_implementation(smollm2: Path) -> None
         text = str(row["text"])
         assert tokenizer.encode(text) == row["ids"], text
         assert tokenizer.decode(tokenizer.encode(text)) == without_lacking(tokenizer, text)
+
+
+def test_llama_3_s_own_file_gives_the_ids_of_meta_s_class() -> None:
+    """The ids stand here, the vocabulary does not: its licence is Meta's own."""
+    name = os.environ.get("BIOINSTRUCT_LLAMA3")
+    if not name:
+        pytest.skip("needs Llama 3's tokenizer.model: set BIOINSTRUCT_LLAMA3 to the file")
+    tokenizer = load_tokenizer(Path(name))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.adds_bos) == (128256, 128000, True)
+    for row in golden("llama3"):
+        text = str(row["text"])
+        assert tokenizer.encode(text) == row["ids"], text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_llama_3_s_ids_are_the_words_of_its_split() -> None:
+    """Without the file: no text has more tokens than bytes, or fewer than words."""
+    for row in golden("llama3"):
+        text, ids = str(row["text"]), row["ids"]
+        assert isinstance(ids, list)
+        assert len(regex.findall(LLAMA3, text)) <= len(ids) <= len(text.encode())
+        assert all(0 <= token < 128000 for token in ids)
 
 
 def test_smollm2_lacks_21_bytes(smollm2: Path) -> None:

@@ -18,7 +18,6 @@ from bioinstruct.train.full import WholeWeights
 from bioinstruct.train.memory import (
     Pack,
     Setup,
-    Tally,
     adapter_count,
     counted_pass,
     estimate,
@@ -30,6 +29,7 @@ from bioinstruct.train.memory import (
     pass_bytes,
 )
 from bioinstruct.train.step import Optimizer, train_step
+from bioinstruct.train.tally import Tally
 
 SMALL = dataclasses.replace(
     SHAPES["tiny"],

@@ -1,15 +1,18 @@
 """Make the golden token ids of this folder with Hugging Face's `tokenizers`, an independent oracle.
 
     python make_golden.py SMOLLM2.gguf
+    python make_golden.py --llama3 tokenizer.model
 
 It needs `tokenizers`, which is no dependency of the project, and `gguf` and `sentencepiece`: run it
 in an environment of its own. It trains the two small byte-level tokenizers on the BioInstruct
 sample, builds SmolLM2's and stories260K's from their own vocabularies, and encodes TEXTS with all
-four. None knows its control tokens as such, so that markers in TEXTS are text.
+four. None knows its control tokens as such, so that markers in TEXTS are text. Llama 3's own file
+is encoded by Meta's class, from the package llama-models, which brings the file too.
 """
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import sentencepiece
@@ -193,14 +196,27 @@ def sentencepiece_json(path: Path) -> Tokenizer:
 
 
 def write(name: str, tokenizer: Tokenizer) -> None:
-    rows = [
-        {"text": text, "ids": tokenizer.encode(text, add_special_tokens=False).ids}
-        for text in TEXTS
-    ]
-    head = f'{{"oracle": "tokenizers {tokenizers.__version__}", "rows": [\n'
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    write_ids(name, f"tokenizers {tokenizers.__version__}", ids)
+
+
+def write_llama3(path: Path) -> None:
+    from llama_models.llama3.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(path)
+    ids = [tokenizer.encode(text, bos=False, eos=False) for text in TEXTS]
+    write_ids("llama3", f"llama-models {version('llama-models')}", ids)
+
+
+def write_ids(name: str, oracle: str, ids: list[list[int]]) -> None:
+    rows = [{"text": text, "ids": own} for text, own in zip(TEXTS, ids, strict=True)]
+    head = f'{{"oracle": "{oracle}", "rows": [\n'
     body = ",\n".join(json.dumps(row) for row in rows)
     (HERE / f"golden_{name}.json").write_text(f"{head}{body}\n]}}\n", "utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1] == "--llama3":
+        write_llama3(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]))
