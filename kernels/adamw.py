@@ -140,4 +140,5 @@ def global_norm(g_P: Tensor) -> Tensor:
 def wide_norm(x_P: Tensor) -> Tensor:
     """Norm in float64, piece by piece: PyTorch widens what it is given as a whole first."""
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in x_P.split(NORM_PIECE)]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    return norm
