@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels import Dropout, linear_cross_entropy
+from bioinstruct.kernels.adamw import NORM_PIECE
 from bioinstruct.model.adapters import Adapters, projection_shapes
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.generate import CACHE_BYTES
@@ -211,7 +212,8 @@ def estimate(setup: Setup, pack: Pack, recomputed: int = 0) -> Memory:
         gathered=_gathered(setup) if setup.shards > 1 else 0,
         saved=one.saved,
         passing=one.peak - one.saved,
-        update=wide * masters,
+        # AdamW's denominators, or what the norm widens
+        update=max(wide * masters, 8 * min(masters, NORM_PIECE)),
         generation=_generation(setup, pack),
     )
 

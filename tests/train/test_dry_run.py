@@ -1,5 +1,6 @@
 """The dry run: what it prints, what it refuses, and what it does without weights or tokenizer."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from bioinstruct.model.tokenizer import Tokenizer
 from bioinstruct.train import hardware, main
 from bioinstruct.train.dry_run import dry_run
+from bioinstruct.train.memory import MARGIN, estimate, fewest_recomputed
 from bioinstruct.train.metrics import step_flops
 from bioinstruct.train.outlook import look
+from bioinstruct.train.policy import packs_of, worst_of
+from bioinstruct.train.prepare import prepare
 from bioinstruct.train.run import Run, read_run
 from bioinstruct.train.shapes import names, read_shape
 from bioinstruct.train.stand_in import ByteCount
@@ -207,6 +211,29 @@ def test_part_filled_packs_come_with_what_would_fill_them(
     share = re.search(r"(\d+\.\d)% full", printed)
     assert share
     assert float(share[1]) >= 98
+
+
+def test_layers_left_to_the_plan_are_the_fewest_that_fit(
+    data: Path, records: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small(data, records, "train.checkpoint_layers=auto")
+    assert look(run).run.train.checkpoint_layers == 0
+    prepared = prepare(run)
+    assert prepared.run.train.checkpoint_layers == prepared.llm.model.recomputed_layers == 0
+    setup, worst = look(run).setup, worst_of(packs_of(prepared.planner))
+    for most in (1, 3):
+        room = int(estimate(setup, worst, most).peak / (1 - MARGIN)) + 1
+        layers = fewest_recomputed(setup, worst, room)
+        assert layers is not None
+        assert 0 < layers <= most
+        here = dataclasses.replace(hardware.find("auto", "cpu"), memory_bytes=room)
+        monkeypatch.setattr(hardware, "find", lambda name, device, here=here: here)
+        assert look(run).run.train.checkpoint_layers == layers
+        prepared = prepare(run)
+        assert prepared.run.train.checkpoint_layers == layers
+        assert prepared.llm.model.recomputed_layers == layers
+    with pytest.raises(ValueError, match="'all' is unknown; allowed are auto"):
+        small(data, records, "train.checkpoint_layers=all")
 
 
 def test_flops_and_time_are_those_of_the_stated_convention(data: Path, records: str) -> None:

@@ -114,6 +114,8 @@ def test_a_real_step_allocates_what_is_predicted(
     plan = estimate(setup, Pack(sum(lengths), supervised, max(lengths)), recomputed)
     predicted = max(plan.saved + plan.passing, plan.update)
     assert predicted == pytest.approx(real, rel=0.05)
+    update = allocated_peak(lambda: optimizer.step(1e-3))
+    assert plan.update == pytest.approx(update, rel=0.05)
     held = 4 * config.parameter_count()
     trained = held if lora is None else 4 * adapter_count(config, lora)
     assert plan.weights == (0 if lora is None else held)
