@@ -67,7 +67,8 @@ def train(
     start_s = time.monotonic()
     out = ranks.from_first(lambda: folder.output_folder(run, recipe_name, resume))
     if resume and ranks.from_first(lambda: folder.is_finished(out)):
-        note(f"the run in {out} is finished; {outcome_name(run.train.method)}/ is what it made")
+        what = outcome_name(run.train.method)
+        note(f"the run in {out} is finished; its {what} is in {out / what}")
         return out
     if run.train.tensorboard:
         check_installed()
