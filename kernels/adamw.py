@@ -23,6 +23,8 @@ from bioinstruct.kernels.dispatch import cdiv, jit, launch, tl, uses_triton
 BLOCK_P = 1024
 NORM_PARTS = 1024
 """Programs of the norm, so that the order of the sum depends on nothing but P."""
+NORM_PIECE = 1 << 24
+"""Elements that torch's norm widens at a time."""
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -132,5 +134,11 @@ def global_norm(g_P: Tensor) -> Tensor:
         sums = g_P.new_zeros(NORM_PARTS)
         launch(_square_sums, (NORM_PARTS,), g_P, sums, g_P.numel(), BLOCK=BLOCK_P, num_warps=4)
         return sums.sum(dtype=torch.float64).sqrt()
-    norm: Tensor = torch.linalg.vector_norm(g_P, dtype=torch.float64)
+    return wide_norm(g_P)
+
+
+def wide_norm(x_P: Tensor) -> Tensor:
+    """Norm in float64, piece by piece: PyTorch widens what it is given as a whole first."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in x_P.split(NORM_PIECE)]
+    norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     return norm

@@ -60,12 +60,14 @@ def load_base(run: Run, ranks: Ranks) -> Llm:
 
 
 def recomputed_layers(run: Run, config: LlamaConfig) -> int:
-    """Layers that keep only their input.
+    """Layers that keep only their input; 0 while that is left open.
 
     Raises:
         ValueError: more than the model has.
     """
     layers = run.train.checkpoint_layers
+    if isinstance(layers, str):
+        return 0
     if layers > config.num_layers:
         raise ValueError(
             f"train.checkpoint_layers = {layers}, but the model has {config.num_layers} layers"

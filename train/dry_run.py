@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import click
 import numpy as np
 
+from bioinstruct.train.base import recomputed_layers
 from bioinstruct.train.memory import (
     Memory,
     Pack,
@@ -23,6 +24,7 @@ from bioinstruct.train.memory import (
 from bioinstruct.train.metrics import step_flops
 from bioinstruct.train.outlook import Outlook, look
 from bioinstruct.train.planner import Planner
+from bioinstruct.train.policy import packs_of, worst_of
 from bioinstruct.train.prepare import Prepared
 from bioinstruct.train.run import Run
 from bioinstruct.train.stand_in import BYTES, ByteCount
@@ -47,7 +49,7 @@ def dry_run(run: Run) -> None:
 
 
 def _sections(outlook: Outlook) -> Iterator[tuple[str, list[str]]]:
-    packs = outlook.packs
+    packs = packs_of(outlook.data.planner)
     yield "model", _model(outlook)
     yield "tokenizer", [_tokenizer(outlook)]
     yield "data", _data(outlook)
@@ -197,8 +199,7 @@ def lora_line(run: Run, count: int) -> str:
 
 def _memory(outlook: Outlook, packs: list[Pack]) -> list[str]:
     hardware, layers = outlook.hardware, outlook.base.config.num_layers
-    worst = Pack(*(max(sizes) for sizes in zip(*packs, strict=True)))
-    asked = outlook.run.train.checkpoint_layers
+    worst, asked = worst_of(packs), recomputed_layers(outlook.run, outlook.base.config)
     memory = estimate(outlook.setup, worst, asked)
     assumed = "" if hardware.is_here else ", assumed"
     does = "fits" if fits(memory, hardware.memory_bytes) else "does NOT fit"
@@ -226,7 +227,7 @@ def _parts(memory: Memory) -> str:
 def _advice(outlook: Outlook, worst: Pack, memory: Memory) -> list[str]:
     """What would fit where the run does not, or what there is room for where it does."""
     setup, room = outlook.setup, outlook.hardware.memory_bytes
-    asked = outlook.run.train.checkpoint_layers
+    asked = recomputed_layers(outlook.run, outlook.base.config)
     if fits(memory, room):
         if outlook.hardware.kind == "cpu":
             return []
@@ -262,7 +263,7 @@ def _work(outlook: Outlook) -> list[str]:
     if hardware.peak_flops is None:
         return [f"{line}; no time is reckoned for {hardware.name}"]
     seconds = epochs * epoch / (hardware.peak_flops * plan.mfu * outlook.ranks)
-    again = outlook.run.train.checkpoint_layers / outlook.base.config.num_layers
+    again = recomputed_layers(outlook.run, outlook.base.config) / outlook.base.config.num_layers
     # a layer computed again runs its forward pass once more: 2 on top of 4 (6 where all train)
     seconds *= 1 + again * (1 / 3 if full else 1 / 2)
     return [

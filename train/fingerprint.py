@@ -25,7 +25,8 @@ MAY_CHANGE = frozenset(
         *("model.path", "model.tokenizer", "model.shape", "data.path", "data.max_tokens_per_pack"),
         *("plan.hardware", "plan.mfu", "plan.ranks"),
         *("lora.init_from", "train.save_every", "train.keep", "train.eval_every", "train.samples"),
-        *("train.max_skipped", "train.tensorboard", "train.deterministic"),
+        *("train.checkpoint_layers", "train.max_skipped", "train.spikes"),
+        *("train.tensorboard", "train.deterministic"),
         *("eval.tasks", "eval.limit", "eval.before", "eval.form", "eval.lexicon", "eval.every"),
     }
 )

@@ -9,12 +9,14 @@ state/              what a resume needs, and `finished` once there is nothing le
                     it started from is older than they are
 """
 
+import fcntl
 import json
 import os
 import shlex
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from bioinstruct.train.fingerprint import refuse_changes
 from bioinstruct.train.run import RECORD_TABLE, Run, to_toml
 from bioinstruct.train.state import State, clear_unfinished, newest_state
 
-SETTINGS, METRICS, SAMPLES, FINISHED = "run.toml", "metrics.jsonl", "samples.jsonl", "finished"
+SETTINGS, METRICS, SAMPLES = "run.toml", "metrics.jsonl", "samples.jsonl"
+FINISHED, LOCK = "finished", "lock"
 
 
 def states_of(out: Path) -> Path:
@@ -141,6 +144,27 @@ def begin(out: Path, run: Run, made: Mapping[str, Any], step: int | None) -> Non
     line = f"{now} after step {step}, {made['ranks']} ranks, torch {made['torch']}"
     resumed = [*before.get("resumed", []), line]
     write_text(path, to_toml(run, {**made, **before, "resumed": resumed}))
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no second process writes to it; the system lets go of it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    states_of(out).mkdir(parents=True, exist_ok=True)
+    with (states_of(out) / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {out}; wait until it has ended, or name another "
+                "folder with --set out=FOLDER"
+            ) from None
+        except OSError:
+            note(f"the file system of {out} has no locks: see to it that one process uses it")
+        yield
 
 
 def is_finished(out: Path) -> bool:

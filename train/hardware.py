@@ -60,4 +60,5 @@ def find(name: str, device: str) -> Hardware:
             f"{', '.join(GPUS)}"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Hardware("this machine's CPU", "cpu", memory, None, True)

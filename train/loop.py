@@ -12,6 +12,7 @@ by the first rank alone.
 import dataclasses
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -77,19 +78,26 @@ def train(
     prepared = prepare(dataclasses.replace(run, out=str(out)), ranks)
     check_best(run.train.keep_best, prepared.jobs)
     note(summary(prepared))
-    trainer = Trainer(prepared, out, profile)
-    step = trainer.take_up() if resume else None
-    ranks.from_first(lambda: folder.begin(out, prepared.run, made(prepared, command), step))
-    note(f"writing to {out}")
-    rows: dict[str, Row] = {}
-    try:
-        if prepared.jobs and prepared.run.eval.before:
-            _score_before(rows, prepared, out)
-        trainer.run()
-        _finish(rows, prepared, trainer, start_s)
-    except KeyboardInterrupt:
-        raise Stopped(trainer.hint()) from None
+    with ExitStack() as stack:
+        # only now is something written
+        ranks.from_first(lambda: stack.enter_context(folder.held(out)))
+        trainer = Trainer(prepared, out, profile)
+        step = trainer.take_up() if resume else None
+        ranks.from_first(lambda: folder.begin(out, prepared.run, made(prepared, command), step))
+        note(f"writing to {out}")
+        try:
+            _train(prepared, trainer, start_s)
+        except KeyboardInterrupt:
+            raise Stopped(trainer.hint()) from None
     return out
+
+
+def _train(prepared: Prepared, trainer: Trainer, start_s: float) -> None:
+    rows: dict[str, Row] = {}
+    if prepared.jobs and prepared.run.eval.before:
+        _score_before(rows, prepared, trainer.out)
+    trainer.run()
+    _finish(rows, prepared, trainer, start_s)
 
 
 def _be_deterministic() -> None:

@@ -16,24 +16,23 @@ Shapes   T tokens of a pack, S its supervised rows, H and G query and key heads,
 
 import dataclasses
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bioinstruct.kernels import Dropout, linear_cross_entropy
-from bioinstruct.kernels.attention import QUERY_BLOCK
+from bioinstruct.kernels import Dropout, attention_blocked, linear_cross_entropy
+from bioinstruct.kernels.adamw import NORM_PIECE
+from bioinstruct.kernels.attention_blocked import Blocked
 from bioinstruct.model.adapters import Adapters, projection_shapes
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.generate import CACHE_BYTES
-from bioinstruct.model.llama import Llama
+from bioinstruct.model.llama import Attend, Llama
 from bioinstruct.model.lora_settings import LoraSettings, module_path
 from bioinstruct.train.full import WholeWeights
+from bioinstruct.train.tally import AttentionBytes, Tally
 
 MARGIN = 0.05
 """Share of a GPU's memory that a plan leaves free, for what its allocator cannot use."""
@@ -42,83 +41,6 @@ OWN_BYTES = {"cuda": 640 << 20, "cpu": 420 << 20}
 _STEP_TOKENS = 256
 """Packs are sized in multiples of this."""
 _MOST_TOKENS = 1 << 20
-
-
-class Tally(TorchDispatchMode):
-    """Follows the bytes of all storages that operations within it make.
-
-    Attributes:
-        live: bytes of the storages that are alive now.
-        peak: the most that were alive at once.
-    """
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        # those that were there before; views of them are no new memory
-        self._sizes = {t.untyped_storage()._cdata: 0 for t in known}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf.untyped_storage())
-        return out
-
-    def _meet(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-class _Attention(torch.autograd.Function):
-    """What a backend holds for the backward pass, and its workspace; no arithmetic."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, backend: str, longest: int
-    ) -> Tensor:
-        T, H, _ = q_THE.shape
-        o_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-        kept = [q_THE, k_TGE, v_TGE]
-        if backend != "blocked":
-            # log-sum-exp in float32
-            kept += [o_THE, q_THE.new_empty((H, T), dtype=torch.float32)]
-        _workspace(q_THE, k_TGE, backend, longest)
-        ctx.save_for_backward(*kept)
-        ctx.backend, ctx.longest = backend, longest
-        return o_THE
-
-    @staticmethod
-    def backward(ctx: Any, do_THE: Tensor) -> tuple[Tensor | None, ...]:
-        q_THE, k_TGE, v_TGE, *_ = ctx.saved_tensors
-        gradients = tuple(x.new_empty(x.shape) for x in (q_THE, k_TGE, v_TGE))
-        _workspace(q_THE, k_TGE, ctx.backend, ctx.longest)
-        if ctx.backend == "varlen":
-            # the gradient of the queries is summed in float32
-            q_THE.new_empty(q_THE.shape, dtype=torch.float32)
-        return (*gradients, None, None)
-
-
-def _workspace(q_THE: Tensor, k_TGE: Tensor, backend: str, longest: int) -> None:
-    """Make and drop what the blocked backend holds of its longest document."""
-    if backend != "blocked":
-        return
-    H, (_, G, E) = q_THE.shape[1], k_TGE.shape
-    block = min(QUERY_BLOCK[q_THE.dtype], longest)
-    # keys, values and their float32 gradients; probabilities and the two gradients before them
-    q_THE.new_empty(2 * longest * G * E)
-    q_THE.new_empty(2 * longest * G * E, dtype=torch.float32)
-    q_THE.new_empty(3 * H * block * longest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +132,12 @@ def counted_pass(setup: Setup, pack: Pack, recomputed: int = 0) -> Pass:
     else:
         masters = WholeWeights(model)
         known = [masters.flat_P, masters.grad_P]
-    with Tally(*known, *model.parameters(), model.inverse_frequency_E) as tally:
-        saved = _pass(model, adapters, setup, pack, tally)
+    tally = Tally(*known, *model.parameters(), model.inverse_frequency_E)
+    try:
+        with torch.device("meta"), tally:
+            saved = _pass(model, adapters, setup, pack, tally)
+    finally:
+        attention_blocked.forget_masks()
     return Pass(saved, tally.peak)
 
 
@@ -222,14 +148,19 @@ def _pass(model: Llama, adapters: Adapters | None, setup: Setup, pack: Pack, tal
     dropout = None
     if adapters is not None and adapters.settings.dropout:
         dropout = Dropout(adapters.settings.dropout, 0, positions_T, draws_T)
-    how = setup.backend, min(pack.longest, pack.tokens)
-    h_TD = model(
-        ids_T, positions_T, lambda _, heads: _Attention.apply(*heads, *how), adapters, dropout
-    )
+    h_TD = model(ids_T, positions_T, _attention(setup.backend, pack), adapters, dropout)
     loss = linear_cross_entropy(h_TD, model.head_VD, rows_S, labels_S, 1.0)
     saved = tally.live
     loss.backward()
     return saved
+
+
+def _attention(backend: str, pack: Pack) -> Attend:
+    """The pack's attention; documents are taken to be as long as the longest."""
+    if backend != "blocked":
+        return lambda _, heads: AttentionBytes.apply(*heads, backend)
+    bounds = (*range(0, pack.tokens, pack.longest), pack.tokens)
+    return lambda _, heads: Blocked.apply(*heads, bounds)
 
 
 def _counted(length: int) -> Tensor:
@@ -291,7 +222,8 @@ def estimate(setup: Setup, pack: Pack, recomputed: int = 0) -> Memory:
         gathered=_gathered(setup) if setup.shards > 1 else 0,
         saved=one.saved,
         passing=one.peak - one.saved,
-        update=wide * masters,
+        # AdamW's denominators, or what the norm widens
+        update=max(wide * masters, 8 * min(masters, NORM_PIECE)),
         generation=_generation(setup, pack),
     )
 

@@ -11,29 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from bioinstruct.kernels.attention import choose_backend
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.llm import DTYPES, check_vocabulary, choose_dtype
+from bioinstruct.model.llm import check_vocabulary
 from bioinstruct.model.templates import Template, get_template, guess_template
 from bioinstruct.model.tokenizer import PATTERNS, Tokenizer, load_tokenizer
 from bioinstruct.train import hardware
-from bioinstruct.train.base import ROOM, recomputed_layers, resident_bytes
+from bioinstruct.train.base import recomputed_layers
 from bioinstruct.train.demo import resolve
 from bioinstruct.train.hardware import Hardware
-from bioinstruct.train.memory import Pack, Setup
+from bioinstruct.train.memory import Setup
 from bioinstruct.train.mixture import files_of
+from bioinstruct.train.policy import settled, setup_of
 from bioinstruct.train.prepare import PlannedData, plan_data
 from bioinstruct.train.run import Run
 from bioinstruct.train.scores import prepare_jobs
 from bioinstruct.train.shapes import names, read_shape
 from bioinstruct.train.stand_in import ByteCount
 
-GPUS_OF_A_MACHINE = 8
-"""Assumed for shard = hybrid where torchrun does not say."""
 _WEIGHTS = "*.safetensors", "*.bin", "*.pth", "*.gguf"
 
 
@@ -59,17 +55,6 @@ class Outlook:
     setup: Setup
     ranks: int
 
-    @property
-    def packs(self) -> list[Pack]:
-        """Sizes of every pack of the first epoch."""
-        lengths, supervised = self.data.tokens.lengths, self.data.tokens.supervised
-        planner = self.data.planner
-        return [
-            Pack(int(lengths[pack].sum()), int(supervised[pack].sum()), int(lengths[pack].max()))
-            for step in range(planner.steps_of(0))
-            for pack in planner.plan(step).packs
-        ]
-
 
 def look(run: Run) -> Outlook:
     """Check a run and plan it.
@@ -93,7 +78,8 @@ def look(run: Run) -> Outlook:
         run = dataclasses.replace(run, lora=started.settings)
     data = plan_data(run, base.config, tokenizer, template)
     ranks = run.plan.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    setup = _setup(run, base.config, device, ranks)
+    run = settled(run, base.config, data.planner, device, ranks)
+    setup = setup_of(run, base.config, device, ranks)
     return Outlook(run, base, tokenizer, template, data, device, setup, ranks)
 
 
@@ -140,31 +126,3 @@ def _tokenizer(run: Run, base: Base) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     check_vocabulary(base.config, tokenizer, path)
     return tokenizer
-
-
-def _setup(run: Run, config: LlamaConfig, device: Hardware, ranks: int) -> Setup:
-    kind = torch.device(device.kind)
-    dtype = choose_dtype(run.model.dtype, kind) if device.is_here else DTYPES["bfloat16"]
-    if run.model.dtype in DTYPES:
-        dtype = DTYPES[run.model.dtype]
-    return Setup(
-        config=config,
-        lora=run.lora if run.train.method == "lora" else None,
-        dtype=dtype,
-        device=device.kind,
-        backend=choose_backend(run.attention, kind, dtype),
-        shards=_shards(run, config, dtype, device, ranks),
-        ema=run.train.ema > 0,
-        answers=run.train.samples,
-    )
-
-
-def _shards(run: Run, config: LlamaConfig, dtype: torch.dtype, device: Hardware, ranks: int) -> int:
-    """Ranks that the weights are spread over, as the run itself would choose."""
-    shard = run.shard
-    if shard == "auto":
-        needed = resident_bytes(config, dtype, run.train.method)
-        shard = "none" if needed <= ROOM * device.memory_bytes else "full"
-    if shard == "hybrid":
-        return min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_OF_A_MACHINE)))
-    return ranks if shard == "full" else 1

@@ -24,12 +24,14 @@ from bioinstruct.model.llm import Llm
 from bioinstruct.model.templates import Template, get_template
 from bioinstruct.model.tokenizer import Tokenizer
 from bioinstruct.synth.console import note
-from bioinstruct.train.base import load_base, masters_of
+from bioinstruct.train import hardware
+from bioinstruct.train.base import load_base, masters_of, recomputed_layers
 from bioinstruct.train.batch import Batch, collate
 from bioinstruct.train.masters import Masters
 from bioinstruct.train.metrics import step_flops
 from bioinstruct.train.mixture import files_of, load_mixture
 from bioinstruct.train.planner import Planner, StepPlan
+from bioinstruct.train.policy import settled
 from bioinstruct.train.provenance import commit, device_name, package_version
 from bioinstruct.train.ranks import ALONE, Ranks, deal
 from bioinstruct.train.run import Run
@@ -114,10 +116,19 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
     template = get_template(name, llm.tokenizer)
     # the first rank encodes, the others find the cache
     data = ranks.first_then_all(lambda: plan_data(run, llm.config, llm.tokenizer, template))
+    run = _settled(run, llm, data.planner, ranks)
     masters = masters_of(run, llm, ranks)
     if masters.adapters is not None:
         run = dataclasses.replace(run, lora=masters.adapters.settings)
     return Prepared(run, llm, template, *data, jobs, masters, ranks)
+
+
+def _settled(run: Run, llm: Llm, planner: Planner, ranks: Ranks) -> Run:
+    """Choose what the run leaves to the memory of its devices, alike on all ranks."""
+    device = hardware.find("auto", run.device)
+    run = ranks.from_first(lambda: settled(run, llm.config, planner, device, ranks.size))
+    llm.model.recomputed_layers = recomputed_layers(run, llm.config)
+    return run
 
 
 class PlannedData(NamedTuple):

@@ -165,9 +165,10 @@ class TrainSettings:
     """Sample answers written at each evaluation."""
     method: str = "lora"
     """What trains: lora | full (all weights)."""
-    checkpoint_layers: int = 0
+    checkpoint_layers: int | str = 0
     """Layers, from the first on, that keep only their input and compute the rest again in the
-    backward pass: less memory, at most half as much work again with LoRA."""
+    backward pass: less memory, at most half as much work again with LoRA; auto: the fewest with
+    which the largest pack should fit."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is skipped; end after so many in a row."""
     spikes: float = 10.0
@@ -191,8 +192,12 @@ class TrainSettings:
             _positive(f"train.{name}", getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "clip", "save_every", "eval_every", "samples"):
             _not_negative(f"train.{name}", getattr(self, name))
-        for name in ("patience", "spikes", "checkpoint_layers"):
+        for name in ("patience", "spikes"):
             _not_negative(f"train.{name}", getattr(self, name))
+        if isinstance(self.checkpoint_layers, str):
+            _one_of("train.checkpoint_layers", self.checkpoint_layers, ("auto",))
+        else:
+            _not_negative("train.checkpoint_layers", self.checkpoint_layers)
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
         if not 0 <= self.ema < 1:

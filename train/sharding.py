@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from bioinstruct.kernels.adamw import wide_norm
 from bioinstruct.model.checkpoint import Checkpoint, Rows
 from bioinstruct.model.llama import Llama
 from bioinstruct.train.full import FullMasters, decays, ordered
@@ -149,7 +150,7 @@ class ShardedWeights(FullMasters):
         """Nothing is left to do: the backward passes summed it."""
 
     def gradient_norm(self) -> Tensor:
-        square: Tensor = torch.linalg.vector_norm(self.grad_P, dtype=torch.float64).square()
+        square: Tensor = wide_norm(self.grad_P).square()
         self.ranks.sum_(square)
         mesh = self.shards[0].device_mesh
         copies = mesh.size(0) if mesh.ndim == 2 else 1

@@ -120,7 +120,7 @@ def test_the_best_adapter_is_kept_and_a_run_that_waits_ends(
         assert total == pytest.approx(float(flat_P.double().sum()), abs=1e-6)
     states = sorted(path.name for path in (out / "state").iterdir())
     # of states there are the best and the newest; train.keep = 2
-    assert states == ["finished", "step-00000002", "step-00000004"]
+    assert states == ["finished", "lock", "step-00000002", "step-00000004"]
     capsys.readouterr()
     assert train(run(train__keep_best="val_loss", train__patience=2), "t", "t", resume=True) == out
     assert "is finished" in capsys.readouterr().err

@@ -18,7 +18,6 @@ from bioinstruct.train.full import WholeWeights
 from bioinstruct.train.memory import (
     Pack,
     Setup,
-    Tally,
     adapter_count,
     counted_pass,
     estimate,
@@ -30,6 +29,7 @@ from bioinstruct.train.memory import (
     pass_bytes,
 )
 from bioinstruct.train.step import Optimizer, train_step
+from bioinstruct.train.tally import Tally
 
 SMALL = dataclasses.replace(
     SHAPES["tiny"],
@@ -79,9 +79,9 @@ def allocated_peak(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     ("config", "lora", "lengths", "recomputed"),
     [
-        (SMALL, ALL, (256, 256, 512), 0),
+        (SMALL, ALL, (400, 400), 0),
         (SMALL, ALL, (256, 256), 4),
-        (SMALL, LoraSettings(r=8, targets=("q_proj", "v_proj")), (200, 300, 7), 6),
+        (SMALL, LoraSettings(r=8, targets=("q_proj", "v_proj")), (600,), 6),
         (SMALL, LoraSettings(r=4, dropout=0.1), (256,), 0),
         (UNTIED, LoraSettings(r=8, layers=(1,)), (256, 256), 1),
         (QWEN, ALL, (256, 256), 0),
@@ -114,6 +114,8 @@ def test_a_real_step_allocates_what_is_predicted(
     plan = estimate(setup, Pack(sum(lengths), supervised, max(lengths)), recomputed)
     predicted = max(plan.saved + plan.passing, plan.update)
     assert predicted == pytest.approx(real, rel=0.05)
+    update = allocated_peak(lambda: optimizer.step(1e-3))
+    assert plan.update == pytest.approx(update, rel=0.05)
     held = 4 * config.parameter_count()
     trained = held if lora is None else 4 * adapter_count(config, lora)
     assert plan.weights == (0 if lora is None else held)

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bioinstruct.synth.console import Stopped
-from bioinstruct.train import trainer
+from bioinstruct.train import folder, trainer
 from bioinstruct.train.fingerprint import MAY_CHANGE, differences, model_checksum
 from bioinstruct.train.main import command
 from bioinstruct.train.run import keys
@@ -49,7 +49,7 @@ def settings(data: Path) -> dict[str, str]:
         "train.lr": "1e-3",
         "train.warmup_steps": "3",
         "train.ema": "0.9",
-        "train.eval_every": "4",
+        "train.eval_every": "8",
         "train.samples": "1",
         "train.save_every": "3",
         "train.keep_best": "val_loss",
@@ -73,8 +73,8 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Adapters bit by bit, and all rows other than times and memory."""
-    for folder in ("adapter", "adapter-best"):
-        name = f"{folder}/adapter_model.safetensors"
+    for kind in ("adapter", "adapter-best"):
+        name = f"{kind}/adapter_model.safetensors"
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert rows(one / name) == rows(other / name)
@@ -138,8 +138,8 @@ def test_pissa_resumes_too(
         with pytest.raises(Stopped):
             call(settings | more, tmp_path / "out")
     call(settings | more, tmp_path / "out", "--resume")
-    for folder in ("adapter", "adapter-best"):
-        name = f"{folder}/adapter_model.safetensors"
+    for kind in ("adapter", "adapter-best"):
+        name = f"{kind}/adapter_model.safetensors"
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert rows(tmp_path / "straight/metrics.jsonl") == rows(tmp_path / "out/metrics.jsonl")
 
@@ -307,6 +307,19 @@ def test_resuming_without_a_state_starts_at_step_0(
 def test_resuming_needs_a_folder(settings: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="--resume needs the folder of the run"):
         command.main([*flags(settings), "--resume"], standalone_mode=False)
+
+
+def test_two_processes_do_not_share_a_folder(
+    settings: dict[str, str], straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    finished_at(straight, out, 18)
+    before = (out / "metrics.jsonl").read_bytes()
+    with folder.held(out), pytest.raises(ValueError, match="another process is at work in"):
+        call(settings, out, "--resume")
+    assert (out / "metrics.jsonl").read_bytes() == before
+    with folder.held(out):
+        pass  # it was let go of
 
 
 def test_a_damaged_state_is_set_aside(

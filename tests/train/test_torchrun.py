@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,7 +56,8 @@ def torchrun(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def alone(arguments: list[str]) -> None:
-    subprocess.run([sys.executable, str(MAIN), *arguments], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, str(MAIN), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def wait_for_steps(process: subprocess.Popen[str], out: Path, count: int) -> None:
@@ -100,7 +102,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     assert "Traceback" not in err.split("continue with")[0]
     if to_one_worker:
         assert "exitcode  : 3" in err
-    (state,) = (out / "state").iterdir()
+    (state,) = (out / "state").glob("step-*")
     step = int(state.name.removeprefix("step-"))
     assert f"stopped after step {step} of 12" in err
     assert (out / "metrics.jsonl").read_text().count('"loss"') == step
@@ -113,5 +115,28 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     assert losses(out) == pytest.approx(losses(straight), rel=1e-6)
     name = "adapter/adapter_model.safetensors"
     one, other = load_file(straight / name), load_file(out / name)
+    flat, again = (torch.cat([t[k].flatten() for k in sorted(t)]) for t in (one, other))
+    assert (flat - again).norm() < 1e-5 * flat.norm()
+
+
+@pytest.mark.slow
+def test_shards_of_two_ranks_are_resumed_by_one(settings: list[str], tmp_path: Path) -> None:
+    """All weights train, each rank writes its rows of them; one process goes on from step 10."""
+    more = ["train.method=full", "train.lr=1e-4", "train.steps=12", "train.save_every=5"]
+    assert settings[-1] == "lora.r=2"  # which would have no effect here
+    both = [*settings[:-2], *(part for value in more for part in ("--set", value))]
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    alone([*both, "--set", f"out={straight}"])
+    process = torchrun([*both, "--set", "shard=full", "--set", f"out={out}"])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    # as a kill after step 11 would leave it
+    (out / "state" / "finished").unlink()
+    shutil.rmtree(out / "state" / "step-00000012")
+    parts = [path.name for path in (out / "state" / "step-00000010").iterdir()]
+    assert sorted(parts) == ["rank-00000.safetensors", "rank-00001.safetensors", "state.json"]
+    alone([str(out / "run.toml"), "--set", "shard=none", "--resume"])
+    assert losses(out) == pytest.approx(losses(straight), rel=1e-6)
+    one, other = (load_file(run / "model" / "model.safetensors") for run in (straight, out))
     flat, again = (torch.cat([t[k].flatten() for k in sorted(t)]) for t in (one, other))
     assert (flat - again).norm() < 1e-5 * flat.norm()
