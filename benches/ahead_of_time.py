@@ -44,6 +44,7 @@ from bioinstruct.kernels import (  # noqa: E402
 )
 from bioinstruct.kernels.adamw import adamw_, global_norm  # noqa: E402
 from bioinstruct.kernels.dispatch import HAS_TRITON, Launch, recorded  # noqa: E402
+from bioinstruct.kernels.gemm_lora import gemm_lora  # noqa: E402
 from bioinstruct.synth import console  # noqa: E402
 from bioinstruct.synth.files import write_text  # noqa: E402
 
@@ -109,6 +110,15 @@ def _run_rest() -> None:
     global_norm(g)
 
 
+def _run_gemm_lora(R: int, p: float) -> None:
+    """Both directions at the tiles for unknown GPUs."""
+    x, w, t, b = (torch.zeros(s).bfloat16() for s in ((96, 4096), (4096, 4096), (96, R), (4096, R)))
+    zeros = torch.zeros(96, dtype=torch.int64)
+    dropout = Dropout(p, 2**32 - 1, zeros, zeros) if p else None
+    gemm_lora(x, w, t, b)
+    gemm_lora(x, w.T, t, b.T.contiguous().T, dropout)
+
+
 def launches() -> list[Launch]:
     """The kernels of a training step, each once for every set of constants."""
     with recorded() as calls:
@@ -117,6 +127,8 @@ def launches() -> list[Launch]:
         for R in RANKS:
             for p in (0.0, 0.1):
                 _run_lora(R, p)
+                if R in (16, 64):
+                    _run_gemm_lora(R, p)
         _run_rest()
     # numbers differ from launch to launch, what is compiled does not
     return list({name_of(call): call for call in calls}.values())

@@ -131,6 +131,39 @@ def describe(device: torch.device, packages: Sequence[str] = ()) -> dict[str, An
     }
 
 
+GPU_FIELDS = (
+    "clocks.sm",
+    "clocks.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+    "clocks_event_reasons.active",
+    "driver_version",
+)
+"""What nvidia-smi is asked for beside every row."""
+
+
+def gpu_state(device: torch.device) -> dict[str, str] | None:
+    """Clocks, power, temperature and driver at this moment, as nvidia-smi writes them.
+
+    Returns:
+        None on a CPU, and where nvidia-smi is missing or fails.
+    """
+    if device.type != "cuda":
+        return None
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            [*command, "-i", str(device.index or 0)], capture_output=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = done.stdout.decode(errors="replace").strip().split(", ")
+    if done.returncode or len(values) != len(GPU_FIELDS):
+        return None
+    return dict(zip(GPU_FIELDS, values, strict=True))
+
+
 def report(row: Mapping[str, Any], out: Path | None) -> None:
     """Print a row as one JSON line, and append a copy to out.
 

@@ -7,12 +7,17 @@ With --dry-run only the formulas are printed, with the time they predict for the
 ASSUMED; a prediction is never mixed with a measurement. A check that fails stops the bench before
 anything is timed.
 
-On a GPU a call is captured as a CUDA graph, so that gaps between launches do not hide the kernel,
-and replayed CALLS times between two readings of the clock.
+Every variant is made SETS times, with tensors of its own, and its calls go round, so that none
+finds its inputs in a cache. On a GPU a round of calls is captured as a CUDA graph, so that gaps
+between launches do not hide the kernel; a variant that cannot be captured is called as it is, and
+its row says so. Fractions are of rates measured in the same process: a copy of COPY_BYTES, and
+products that run for --sustain seconds, at the clock that the chip keeps up.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +25,21 @@ import click
 import torch
 from torch import Tensor
 
-from bioinstruct.benches.harness import alternate, describe, median_ratio, report, summary
+from bioinstruct.benches.harness import (
+    alternate,
+    describe,
+    gpu_state,
+    median_ratio,
+    report,
+    seconds_of,
+    summary,
+)
 from bioinstruct.model.llm import choose_device, choose_dtype
 from bioinstruct.synth import console
 
-CALLS = 10
+SETS, ROUNDS = 3, 4  # on a GPU: input sets of a variant, and calls of each in a graph
+COPY_BYTES = 512 << 20
+SUSTAIN_S = 10.0
 Call = Callable[[], object]
 Shape = Mapping[str, Any]
 
@@ -51,6 +66,8 @@ class Work(NamedTuple):
     """Of the library products; small ones of a rank's width included."""
     floor_flops: int
     """Of the frozen products alone; 0 for an op without any."""
+    floor_bytes: int = 0
+    """What the frozen op moves beside its products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +103,7 @@ def predict(bench: Bench, shape: Shape, itemsize: int) -> dict[str, Any]:
 
 def _prediction(work: Work) -> dict[str, Any]:
     seconds = work.flops / ASSUMED.flops_per_s + work.moved_bytes / ASSUMED.bytes_per_s
-    floor_s = work.floor_flops / ASSUMED.flops_per_s
+    floor_s = work.floor_flops / ASSUMED.flops_per_s + work.floor_bytes / ASSUMED.bytes_per_s
     return {
         **work._asdict(),
         "predicted_seconds": seconds,
@@ -94,8 +111,80 @@ def _prediction(work: Work) -> dict[str, Any]:
     }
 
 
+class Rates(NamedTuple):
+    """What this device does for long, in one dtype."""
+
+    flops_per_s: float
+    """Of a library product, for as long as --sustain says."""
+    bytes_per_s: float
+    """Read plus written by a copy."""
+
+
+@cache
+def rates(dtype: torch.dtype, device: torch.device, sustain_s: float) -> Rates:
+    """Measure them once in a process: products first until the time is up, the last half counts."""
+    on_gpu = device.type == "cuda"
+    width, copied = (8192, COPY_BYTES) if on_gpu else (128, 1 << 20)
+    a, b, c = (torch.randn(width, width, device=device).to(dtype) for _ in range(3))
+    calls = 10 if on_gpu else 1
+    seconds: list[float] = []
+    while sum(seconds) < sustain_s or len(seconds) < 2:
+        seconds.append(seconds_of(lambda: [torch.mm(a, b, out=c) for _ in range(calls)], device))
+    late = summary(seconds[len(seconds) // 2 :])["median"] / calls
+    source = torch.zeros(3, copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source[0])
+    copies = [seconds_of(partial(target.copy_, source[i % 3]), device) for i in range(12)]
+    return Rates(2 * width**3 / late, 2 * copied / summary(copies)["median"])
+
+
+class Timed(NamedTuple):
+    """Times of the variants."""
+
+    seconds: dict[str, list[float]]
+    """Of a call, one value a round, by name."""
+    not_captured: dict[str, str]
+    """Variants that ran without a graph on a GPU, and why."""
+
+
+def time_variants(made: Sequence[Mapping[str, Call]], rounds: int, device: torch.device) -> Timed:
+    """Time variants in turn, each going round its sets.
+
+    Args:
+        made: the variants once for every set of inputs.
+        rounds: how often each is timed.
+        device: where they run.
+    """
+    ready: dict[str, Call] = {}
+    why: dict[str, str] = {}
+    calls = len(made) * (ROUNDS if device.type == "cuda" else 1)
+    for name in made[0]:
+        in_turn = [variants[name] for variants in made] * (calls // len(made))
+        ready[name] = _all(in_turn)
+        if device.type == "cuda":
+            try:
+                ready[name] = _captured(in_turn, device)
+            except (RuntimeError, ValueError) as error:
+                why[name] = str(error).splitlines()[0]
+                torch.cuda.synchronize(device)
+    seconds = alternate(ready, rounds, device)
+    return Timed({name: [s / calls for s in values] for name, values in seconds.items()}, why)
+
+
+def _all(calls: Sequence[Call]) -> Call:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
 def measure(
-    bench: Bench, shape: Shape, dtype: torch.dtype, device: torch.device, rounds: int
+    bench: Bench,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    sustain_s: float = 0.0,
 ) -> dict[str, Any]:
     """Check, then time the variants in turn.
 
@@ -104,20 +193,20 @@ def measure(
     """
     used = bench.check(shape, dtype, device)
     work = bench.work(shape, dtype.itemsize)
-    variants = bench.variants(shape, dtype, device)
-    variants["copy"] = _copy(work.moved_bytes, device)
-    calls = CALLS if device.type == "cuda" else 1
-    ready = {name: _repeated(call, calls, device) for name, call in variants.items()}
-    seconds = {
-        name: [s / calls for s in values]
-        for name, values in alternate(ready, rounds, device).items()
-    }
+    rate = rates(dtype, device, sustain_s)
+    sets = SETS if device.type == "cuda" else 1
+    made = [
+        {**bench.variants(shape, dtype, device), "copy": _copy(work.moved_bytes, device)}
+        for _ in range(sets)
+    ]
+    seconds, not_captured = time_variants(made, rounds, device)
     ours = seconds["ours"]
     ratios = {
         f"ratio_to_{name}": median_ratio(ours, values)
         for name, values in seconds.items()
         if name != "ours"
     }
+    ours_s = summary(ours)["median"]
     return {
         "bench": bench.name,
         **shape,
@@ -127,7 +216,12 @@ def measure(
         "flops": work.flops,
         "seconds": {name: summary(values) for name, values in seconds.items()},
         **ratios,
+        "fraction_of_copy": work.moved_bytes / ours_s / rate.bytes_per_s,
+        "fraction_of_gemm_rate": work.flops / ours_s / rate.flops_per_s,
+        "rates": rate._asdict(),
+        "not_captured": not_captured,
         **describe(device, ["triton"]),
+        "gpu": gpu_state(device),
     }
 
 
@@ -153,21 +247,31 @@ def _copy(moved_bytes: int, device: torch.device) -> Call:
     return lambda: target.copy_(source)
 
 
-def _repeated(call: Call, calls: int, device: torch.device) -> Call:
-    """The call, several times; as one graph on a GPU."""
-    if device.type != "cuda":
-        return call
+def _captured(calls: Sequence[Call], device: torch.device) -> Call:
+    """The calls as one graph, which holds their tensors."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles the kernels and fills the allocator's pools
+        for call in calls[: 3 * SETS]:  # compiles the kernels and fills the allocator's pools
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
+        for call in calls:
             call()
     return graph.replay
+
+
+def _is_known(bench: Bench, shape: Shape, out: Path) -> bool:
+    """Whether a file holds a measurement of this shape on this machine's kind of device."""
+    if not out.exists():
+        return False
+    for line in out.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        same = all(row.get(key) == value for key, value in shape.items())
+        if same and row.get("bench") == bench.name and "seconds" in row:
+            return True
+    return False
 
 
 def main(bench: Bench) -> None:
@@ -180,19 +284,44 @@ def main(bench: Bench) -> None:
     @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N")
     @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto")
     @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True)
+    @click.option("--match", default="", help="Only shapes whose JSON text holds this.")
+    @click.option(
+        "--sustain",
+        type=click.FloatRange(min=0),
+        help=f"Seconds of products before their rate counts; {SUSTAIN_S:g} on a GPU.",
+    )
     @click.option("--tiny", is_flag=True, help="Small shapes, to try the bench on a CPU.")
     @click.option("--dry-run", is_flag=True, help="Only bytes, FLOPs and predicted times.")
+    @click.option("--resume", is_flag=True, help="Leave out shapes that --out holds a time of.")
     @click.option(
         "--out", type=click.Path(path_type=Path, dir_okay=False), help="Append the lines."
     )
     def command(
-        device: str, dtype: str, rounds: int, tiny: bool, dry_run: bool, out: Path | None
+        device: str,
+        dtype: str,
+        rounds: int,
+        match: str,
+        sustain: float | None,
+        tiny: bool,
+        dry_run: bool,
+        resume: bool,
+        out: Path | None,
     ) -> None:
-        for shape in bench.tiny if tiny else bench.shapes:
+        # in deterministic mode torch would fill every new tensor, and that would be timed
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+        shapes = [s for s in (bench.tiny if tiny else bench.shapes) if match in json.dumps(s)]
+        if not shapes:
+            raise ValueError(f"no shape of {bench.name} holds --match {match!r}")
+        for shape in shapes:
             if dry_run:
                 report(predict(bench, shape, 2), out)
                 continue
+            if resume and out is not None and _is_known(bench, shape, out):
+                console.note(f"{bench.name} {json.dumps(shape)} stands in {out} already")
+                continue
             place = choose_device(device)
-            report(measure(bench, shape, choose_dtype(dtype, place), place, rounds), out)
+            for_s = sustain if sustain is not None else SUSTAIN_S * (place.type == "cuda")
+            kind = choose_dtype(dtype, place)
+            report(measure(bench, shape, kind, place, rounds, for_s), out)
 
     console.run(command)

@@ -55,9 +55,17 @@ class Peer:
         config: the model's shape.
         device: where it runs.
         dtype: of the frozen weights; peft keeps its adapters in float32.
+        checkpointing: whether activations are computed again, as its trainer does by default.
     """
 
-    def __init__(self, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
         transformers, peft = (importlib.import_module(name) for name in PEERS)
         settings = transformers.LlamaConfig.from_dict(config.to_hf() | {"use_cache": False})
         torch.manual_seed(0)
@@ -70,6 +78,10 @@ class Peer:
             target_modules=list(LORA.targets),
             task_type="CAUSAL_LM",
         )
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
+        self.attention = str(base.config._attn_implementation)
         self.model = peft.get_peft_model(base.to(device), lora).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -161,15 +173,17 @@ def _error(ours: Tensor | None, theirs: Tensor | None) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def measure_peer(job: Job, dtype: str, batch_documents: int) -> dict[str, Any]:
+def measure_peer(
+    job: Job, dtype: str, batch_documents: int, *, checkpointing: bool
+) -> dict[str, Any]:
     """Time the peer's step, alone in this process, and read the process's peak memory."""
     device = choose_device(job.device)
     documents = random_documents(job.config, job.lengths)
     ids_BL, labels_BL = peer_batch(documents, device)
-    peer = Peer(job.config, device, DTYPES[dtype])
+    peer = Peer(job.config, device, DTYPES[dtype], checkpointing=checkpointing)
     calls = {"peer": lambda: peer.step(ids_BL, labels_BL, batch_documents)}
     seconds = alternate(calls, job.steps, device)["peer"]
-    return alone_row(job.tokens, seconds, peer.grad_norm, device)
+    return alone_row(job.tokens, seconds, peer.grad_norm, device) | {"attention": peer.attention}
 
 
 class Variant(NamedTuple):
@@ -181,8 +195,10 @@ class Variant(NamedTuple):
     arguments: list[str]
 
 
-def variants_of(job: Job, dtypes: Sequence[str]) -> dict[str, Variant]:
-    """What takes turns, by name."""
+def variants_of(
+    job: Job, dtypes: Sequence[str], *, checkpointing: bool = False
+) -> dict[str, Variant]:
+    """What takes turns, by name; with checkpointing the peer's also with it."""
     variants = {}
     for dtype in dtypes:
         shared = [*job.arguments(), "--dtype", dtype]
@@ -191,10 +207,15 @@ def variants_of(job: Job, dtypes: Sequence[str]) -> dict[str, Variant]:
         for batch in sorted({1, job.documents}):
             peer = Variant(False, dtype, __file__, [*shared, "--peer-batch", str(batch)])
             variants[f"peer {dtype}, {batch} a batch"] = peer
+            if checkpointing:
+                again = peer._replace(arguments=[*peer.arguments, "--checkpointing"])
+                variants[f"peer {dtype}, {batch} a batch, checkpointing"] = again
     return variants
 
 
-def measure(job: Job, dtypes: Sequence[str], rounds: int) -> dict[str, Any]:
+def measure(
+    job: Job, dtypes: Sequence[str], rounds: int, *, checkpointing: bool = False
+) -> dict[str, Any]:
     """Check, then run whole processes in turn.
 
     Raises:
@@ -208,7 +229,7 @@ def measure(job: Job, dtypes: Sequence[str], rounds: int) -> dict[str, Any]:
                 "and peft beside this project in an environment of their own"
             )
     checked = run_alone(__file__, ["--check"])
-    variants = variants_of(job, dtypes)
+    variants = variants_of(job, dtypes, checkpointing=checkpointing)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for number in range(rounds):
         for name, variant in variants.items():
@@ -258,6 +279,7 @@ def compare(
                 "tokens_per_s": summary(speed[n]),
                 key: peak[n],
                 "grad_norm": rows[n][-1]["grad_norm"],
+                "attention": rows[n][-1].get("attention"),
             }
             for n in variants
         },
@@ -277,12 +299,14 @@ def compare(
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Append the line.")
+@click.option("--checkpointing", is_flag=True, help="The peer also with activation checkpointing.")
 @click.option("--check", is_flag=True, hidden=True)
 @click.option("--peer-batch", type=click.IntRange(min=1), hidden=True)
 def command(
     dtypes: tuple[str, ...],
     rounds: int,
     out: Path | None,
+    checkpointing: bool,
     check: bool,
     peer_batch: int | None,
     **options: Any,
@@ -297,9 +321,9 @@ def command(
         return
     job = Job(**options)
     if peer_batch is not None:
-        print(json.dumps(measure_peer(job, dtypes[0], peer_batch)))
+        print(json.dumps(measure_peer(job, dtypes[0], peer_batch, checkpointing=checkpointing)))
     else:
-        report(measure(job, dtypes, rounds), out)
+        report(measure(job, dtypes, rounds, checkpointing=checkpointing), out)
 
 
 if __name__ == "__main__":

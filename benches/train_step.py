@@ -9,6 +9,8 @@ Four variants of one optimizer step take turns in one process (see harness.py):
     eager   the same step by the usual LoRA formula (see eager.py)
     gemms   the frozen model's matrix products alone, one after the other: forward and input
             gradient of every linear, and of the head on the supervised rows
+    attention  on a CPU, the products inside attention alone: scores and output, and the gradients
+            of probabilities, values, queries and keys, of each block that holds a causal pair
 Peak memory is measured on the lora variant in a process of its own. Before anything is timed, the
 gradients of lora and eager are compared with a float64 run of the same model cut to two layers;
 where ours are off by more than rounding explains, no time is printed.
@@ -48,6 +50,7 @@ from bioinstruct.benches.workload import (
     random_documents,
 )
 from bioinstruct.kernels import linear_cross_entropy, rmsnorm
+from bioinstruct.kernels.attention_blocked import blocks_of
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Block, Llama
@@ -210,6 +213,51 @@ def run_gemms(gemms: list[Gemm]) -> None:
         torch.mm(left, right, out=out)
 
 
+class Attended(NamedTuple):
+    """One batched product of attention, out = left @ right."""
+
+    left: Tensor
+    right: Tensor
+    out: Tensor
+
+
+def attention_products(step: Step) -> list[Attended]:
+    """Every product inside attention, block by block; equal shapes share their buffers."""
+    config, model = step.model.config, step.model
+    G, E = config.num_kv_heads, config.head_dim
+    J = config.num_heads // G
+    buffers: dict[tuple[int, int], Tensor] = {}
+
+    def buffer(rows: int, columns: int) -> Tensor:
+        if (rows, columns) not in buffers:
+            fresh = torch.empty(G, rows, columns, device=model.device, dtype=model.dtype)
+            buffers[rows, columns] = fresh.normal_()
+        return buffers[rows, columns]
+
+    products = []
+    for batch in step.batches:
+        for a, i, j, _ in blocks_of(batch.pack.documents.bounds, model.dtype):
+            rows, U = (j - i) * J, j - a
+            q, k, s = buffer(rows, E), buffer(U, E), buffer(rows, U)
+            outs = torch.empty_like(s), torch.empty_like(q), torch.empty_like(k)
+            products += [
+                Attended(q, k.mT, outs[0]),
+                Attended(s, k, outs[1]),
+                Attended(s.mT, q, outs[2]),
+                Attended(q, k.mT, outs[0]),
+                Attended(s, k, outs[1]),
+                Attended(s.mT, q, outs[2]),
+            ]
+    return products * config.num_layers
+
+
+@torch.inference_mode()
+def run_products(products: list[Attended]) -> None:
+    """Compute them one after the other."""
+    for left, right, out in products:
+        torch.bmm(left, right, out=out)
+
+
 def gemm_flops(gemms: list[Gemm]) -> int:
     """Multiplications and additions of the list."""
     return sum(2 * g.left.shape[0] * g.right.numel() for g in gemms)
@@ -248,6 +296,9 @@ def measure(job: Job, dtype: str) -> dict[str, Any]:
         "eager": EagerStep(EagerLora(step.model, step.adapters), step.batches, step.scale, LR),
         "gemms": lambda: run_gemms(gemms),
     }
+    if device.type == "cpu":
+        products = attention_products(step)
+        variants["attention"] = lambda: run_products(products)
     seconds = alternate(variants, job.steps, device)
     if not lora.grad_norm > 0:
         raise ValueError(f"the gradient's norm is {lora.grad_norm}; nothing trains, no time counts")
@@ -259,6 +310,7 @@ def measure(job: Job, dtype: str) -> dict[str, Any]:
         "ratio_to_frozen": median_ratio(seconds["lora"], seconds["frozen"]),
         "ratio_to_eager": median_ratio(seconds["eager"], seconds["lora"]),
         "ratio_frozen_to_gemms": median_ratio(seconds["frozen"], seconds["gemms"]),
+        **_ratio_to_all_products(seconds),
         "peak_rss_bytes": alone["peak_rss_bytes"],
         "peak_gpu_bytes": alone["peak_gpu_bytes"],
         "grad_norm": lora.grad_norm,
@@ -269,6 +321,14 @@ def measure(job: Job, dtype: str) -> dict[str, Any]:
         **dataclasses.asdict(job),
         **describe(device),
     }
+
+
+def _ratio_to_all_products(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """The floor over its products, those of attention included, where they were timed."""
+    if "attention" not in seconds:
+        return {}
+    both = [a + b for a, b in zip(seconds["gemms"], seconds["attention"], strict=True)]
+    return {"ratio_frozen_to_all_products": median_ratio(seconds["frozen"], both)}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -282,7 +342,8 @@ def command(dtype: str, out: Path | None, alone: bool, **options: Any) -> None:
     """Time one LoRA step, its floor and the usual formula; print one JSON line.
 
     ratio_to_frozen is ours over the floor (1 is the limit), ratio_to_eager the usual formula over
-    ours (above 1 we are faster), ratio_frozen_to_gemms the floor over its matrix products.
+    ours (above 1 we are faster), ratio_frozen_to_gemms the floor over the matrix products of its
+    linears, ratio_frozen_to_all_products over these and attention's own.
     """
     job = Job(**options)
     if alone:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bioinstruct.kernels.attention import choose_backend
+from bioinstruct.kernels.heap import keep_freed_memory
 from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Llama
@@ -23,7 +24,32 @@ from bioinstruct.train.tokens import TokenSet
 
 LORA = LoraSettings(r=16, alpha=32.0)
 """All seven projections, no dropout."""
+
+
+def _llama(D: int, F: int, layers: int, heads: int, kv_heads: int, V: int) -> LlamaConfig:
+    """A LLaMA of these widths, heads of width 128."""
+    return LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        norm_eps=1e-5,
+        rope_base=5e5 if V > 100_000 else 1e4,
+        rope_scaling=None,
+        max_positions=8192,
+        tied_embeddings=False,
+        bos_id=1,
+        eos_ids=(2,),
+    )
+
+
 SHAPES = {
+    "llama-7b": _llama(4096, 11008, 32, 32, 32, 32_000),
+    "llama-13b": _llama(5120, 13824, 40, 40, 40, 32_000),
+    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128_256),
     "smollm2-135m": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -188,6 +214,8 @@ def make_step(job: Job, dtype: str) -> Step:
         ValueError: a device or dtype that this machine does not have.
     """
     device = choose_device(job.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     model = make_model(job.config, device, choose_dtype(dtype, device))
     adapters = Adapters(job.config, LORA, device)
     adapters.initialise(0)

@@ -1,7 +1,8 @@
 """Packed-sequence ops of LLaMA LoRA training, one file an op, each with its reference."""
 
-from bioinstruct.kernels.attention import Documents, attention
+from bioinstruct.kernels.attention import attention
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy
+from bioinstruct.kernels.documents import Documents
 from bioinstruct.kernels.dropout import Dropout
 from bioinstruct.kernels.lora import Branch, lora_linear
 from bioinstruct.kernels.rmsnorm import add_rmsnorm, rmsnorm

@@ -3,62 +3,37 @@
     o_t = sum_{u <= t, same document} softmax_u(q_t . k_u / sqrt(E)) v_u
 
 Backends, chosen by `choose_backend` once and named in the log:
-    blocked  our own for CPUs: per document, in blocks of queries against the keys up to the
-             block's end, with the query heads of a key head stacked into one GEMM; the backward
-             pass recomputes the probabilities.
-    sdpa     torch's scaled_dot_product_attention per document; the reference on any device.
-    varlen   torch.nn.attention.varlen over the whole pack (CUDA, bfloat16 or float16).
+    blocked  our own for CPUs (attention_blocked.py)
+    sdpa     torch's scaled_dot_product_attention, document by document; runs on any device
+    flash3, varlen, flash2, xformers, flex
+             a whole pack in one call on a GPU (attention_packed.py), tried in this order
 None of them repeats keys and values for grouped-query heads in memory, and none sees a token of
-another document, whatever stands beside it.
+another document, whatever stands beside it. On a GPU a backend is first held against the formula;
+on a CPU a short probe, in the CPU time of one thread, decides between our blocks and torch's own.
 
-Shapes   T = packed tokens, L = one document, Q = one block of queries, U = the keys up to its end,
-         H = query heads, G = key and value heads, J = H / G, E = head width.
-Numerics GEMMs in the input dtype; softmax and its gradient compute in at least float32 and round.
-Saved    q, k, v; never a (L, L) matrix.
+Shapes   T = packed tokens, L = one document, H = query heads, G = key and value heads, J = H / G,
+         E = head width.
+Numerics Products in the input dtype; softmax and its gradient compute in at least float32 and
+         round.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-BACKENDS = "blocked", "sdpa", "varlen"
-QUERY_BLOCK = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
-"""Best of 64, 96, 128, 192 on documents of 32 to 1,024 tokens (LOG.md)."""
+from bioinstruct.kernels import attention_packed
+from bioinstruct.kernels.attention_blocked import Blocked
+from bioinstruct.kernels.documents import Documents
 
-
-@dataclass(frozen=True)
-class Documents:
-    """Where the documents of a pack begin and end.
-
-    Attributes:
-        bounds: token offsets, from 0 to T; document i is bounds[i] to bounds[i + 1].
-        cu_seqlens: the same as int32 on the device.
-    """
-
-    bounds: tuple[int, ...]
-    cu_seqlens: Tensor
-
-    @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Documents":
-        """Lay documents of these lengths one after the other."""
-        bounds = [0]
-        for length in lengths:
-            bounds.append(bounds[-1] + length)
-        return cls(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=device))
-
-    @property
-    def max_length(self) -> int:
-        """Length of the longest document, in tokens."""
-        return max((b - a for a, b in self.spans()), default=0)
-
-    def spans(self) -> list[tuple[int, int]]:
-        """First and past-the-end token of each document."""
-        return list(zip(self.bounds, self.bounds[1:], strict=False))
+BACKENDS = "blocked", "sdpa", *attention_packed.CALLS
+PROBE_TOKENS = 256
+PROBE_MARGIN = 2.0
+"""torch's own is taken where ours needs this many times its CPU time. Far from 1, so that a busy
+machine does not tip the choice: two runs of one recipe must add the same numbers in one order."""
 
 
 # ---- reference ---------------------------------------------------------------------------------
@@ -80,88 +55,7 @@ def attention_reference(
     return torch.cat(outs)
 
 
-# ---- blocked, for CPUs -------------------------------------------------------------------------
-
-
-@cache
-def _future(Q: int, J: int, dtype: torch.dtype) -> Tensor:
-    """(J*Q, Q) additive mask of a diagonal block, repeated for the J stacked heads."""
-    return torch.full((Q, Q), -torch.inf, dtype=dtype).triu_(1).repeat(J, 1)
-
-
-def _stack(x_QHE: Tensor, G: int) -> Tensor:
-    """(Q, H, E) -> (G, J*Q, E): the query heads of one key head below each other."""
-    Q, H, E = x_QHE.shape
-    return x_QHE.view(Q, G, H // G, E).permute(1, 2, 0, 3).reshape(G, -1, E)
-
-
-def _unstack(x: Tensor, Q: int) -> Tensor:
-    """(G, J*Q, E) -> (Q, H, E)."""
-    G, _, E = x.shape
-    return x.view(G, -1, Q, E).permute(2, 0, 1, 3).reshape(Q, -1, E)
-
-
-def _bmm(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Batched product times scale, which the GEMM applies before it rounds."""
-    return torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
-
-
-def _probabilities(q: Tensor, k_GUE: Tensor, Q: int, scale: float) -> Tensor:
-    """(G, J*Q, U) softmax of a query block over the U keys up to its end."""
-    s = _bmm(q, k_GUE.transpose(1, 2), scale)
-    s[..., -Q:] += _future(Q, q.shape[1] // Q, q.dtype)
-    return s.softmax(-1)
-
-
-def _blocks(
-    bounds: tuple[int, ...], dtype: torch.dtype
-) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Each document's first and past-the-end token, and those of its query blocks."""
-    size = QUERY_BLOCK[dtype]
-    for a, b in zip(bounds, bounds[1:], strict=False):
-        yield a, b, [(i, min(i + size, b)) for i in range(a, b, size)]
-
-
-class _Blocked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, bounds: tuple[int, ...]
-    ) -> Tensor:
-        G, scale = k_TGE.shape[1], q_THE.shape[-1] ** -0.5
-        o_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-        for a, b, blocks in _blocks(bounds, q_THE.dtype):
-            k_GLE, v_GLE = (x[a:b].transpose(0, 1).contiguous() for x in (k_TGE, v_TGE))
-            for i, j in blocks:
-                p = _probabilities(_stack(q_THE[i:j], G), k_GLE[:, : j - a], j - i, scale)
-                o_THE[i:j] = _unstack(torch.bmm(p, v_GLE[:, : j - a]), j - i)
-        ctx.save_for_backward(q_THE, k_TGE, v_TGE)
-        ctx.bounds = bounds
-        return o_THE
-
-    @staticmethod
-    def backward(ctx: Any, do_THE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_THE, k_TGE, v_TGE = ctx.saved_tensors
-        narrow, G, scale = q_THE.dtype, k_TGE.shape[1], q_THE.shape[-1] ** -0.5
-        # keys and values gather from many query blocks, so their sums are kept wide
-        wide = torch.promote_types(narrow, torch.float32)
-        dq_THE, dk_TGE, dv_TGE = (torch.empty(x.shape, dtype=narrow) for x in (q_THE, k_TGE, v_TGE))
-        for a, b, blocks in _blocks(ctx.bounds, narrow):
-            k_GLE, v_GLE = (x[a:b].transpose(0, 1).contiguous() for x in (k_TGE, v_TGE))
-            dk_GLE, dv_GLE = (torch.zeros(k_GLE.shape, dtype=wide) for _ in range(2))
-            for i, j in blocks:
-                k, v, U = k_GLE[:, : j - a], v_GLE[:, : j - a], j - a
-                q, do = _stack(q_THE[i:j], G), _stack(do_THE[i:j], G)
-                p = _probabilities(q, k, j - i, scale)
-                dv_GLE[:, :U] += torch.bmm(p.transpose(1, 2), do)
-                dp = torch.bmm(do, v.transpose(1, 2))
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, narrow)
-                dk_GLE[:, :U] += _bmm(ds.transpose(1, 2), q, scale)
-                dq_THE[i:j] = _unstack(_bmm(ds, k, scale), j - i)
-            dk_TGE[a:b], dv_TGE[a:b] = dk_GLE.transpose(0, 1), dv_GLE.transpose(0, 1)
-        return dq_THE, dk_TGE, dv_TGE, None
-
-
-# ---- torch's own -------------------------------------------------------------------------------
+# ---- torch's own, a document at a time ----------------------------------------------------------
 
 
 def _sdpa(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, documents: Documents) -> Tensor:
@@ -173,29 +67,20 @@ def _sdpa(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, documents: Documents) -> 
     return torch.cat(outs)
 
 
-def _varlen(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, documents: Documents) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    cu, longest = documents.cu_seqlens, documents.max_length
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # all of the past, nothing of the future
-    if _takes_gqa():
-        options["enable_gqa"] = True
-    out = varlen_attn(q_THE, k_TGE, v_TGE, cu, cu, longest, longest, **options)
-    assert isinstance(out, Tensor)
-    return out
-
-
-@cache
-def _takes_gqa() -> bool:
-    """Whether this torch's varlen_attn wants grouped heads announced (2.13 does, 2.11 cannot)."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
 # ---- choice ------------------------------------------------------------------------------------
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a backend cannot run here; None where it may, which only its test can tell."""
+    if backend == "sdpa":
+        return None
+    if backend == "blocked":
+        return None if device.type == "cpu" else "it is for CPUs"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "it needs a CUDA GPU and bfloat16"
+    if backend == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "it needs a Hopper GPU"
+    return attention_packed.why_missing(backend)
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -207,20 +92,58 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         dtype: the compute dtype.
 
     Raises:
-        ValueError: unknown name, or a backend that this device or dtype rules out.
+        ValueError: unknown name, or a backend that this device or dtype rules out, whose package
+            is missing, or that fails its test.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(
             f"attention = {name!r} is unknown; allowed are auto, {', '.join(BACKENDS)}"
         )
-    half = dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        return "blocked" if device.type == "cpu" else "varlen" if half else "sdpa"
-    if name == "varlen" and not (device.type == "cuda" and half):
-        raise ValueError("attention = 'varlen' needs a CUDA GPU and bfloat16; use auto or sdpa")
-    if name == "blocked" and device.type != "cpu":
-        raise ValueError("attention = 'blocked' is for CPUs; use auto, varlen or sdpa")
+        return _probed(dtype) if device.type == "cpu" else _first_right(device, dtype)
+    reason = why_not(name, device, dtype)
+    if reason is not None:
+        raise ValueError(f"attention = {name!r} cannot run here: {reason}; use auto or sdpa")
+    if device.type == "cuda":
+        self_test(name, device, dtype)
     return name
+
+
+def _first_right(device: torch.device, dtype: torch.dtype) -> str:
+    """The first backend for GPUs that is there and right."""
+    for backend in attention_packed.CALLS:
+        if why_not(backend, device, dtype) is None:
+            try:
+                self_test(backend, device, dtype)
+            except ValueError:
+                continue
+            return backend
+    return "sdpa"
+
+
+@cache
+def _probed(dtype: torch.dtype) -> str:
+    """The faster one on this CPU, forward and backward, on a document of PROBE_TOKENS."""
+    documents = Documents.of_lengths((PROBE_TOKENS,))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(PROBE_TOKENS, heads, 64, generator=generator).to(dtype).requires_grad_()
+        for heads in (6, 2, 2)
+    )
+
+    def cpu_s(backend: str) -> float:
+        start_s = time.thread_time()
+        torch.autograd.grad(attention(q, k, v, documents, backend).sum(), (q, k, v))
+        return time.thread_time() - start_s
+
+    threads = torch.get_num_threads()
+    # threads that wait for each other burn time that has nothing to do with the work
+    torch.set_num_threads(1)
+    with torch.enable_grad():
+        rounds = [(cpu_s("blocked"), cpu_s("sdpa")) for _ in range(6)]
+    torch.set_num_threads(threads)
+    ours_s, torchs_s = (min(times) for times in zip(*rounds, strict=True))
+    return "sdpa" if ours_s > PROBE_MARGIN * torchs_s else "blocked"
 
 
 def self_test(backend: str, device: torch.device, dtype: torch.dtype) -> float:
@@ -230,25 +153,24 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype) -> float:
         The largest error of output and gradients, relative to the largest element.
 
     Raises:
-        ValueError: if the error is beyond what the dtype explains.
+        ValueError: it fails, or its error is beyond what the dtype explains.
     """
     generator = torch.Generator().manual_seed(0)
     documents = Documents.of_lengths((5, 1, 130), device)
     shapes = ((136, 6, 64), (136, 2, 64), (136, 2, 64), (136, 6, 64))
     tensors = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-    results = []
-    calls: tuple[Callable[[Tensor, Tensor, Tensor, Documents], Tensor], ...] = (
-        attention_reference,
-        partial(attention, backend=backend),
-    )
-    for call in calls:
-        q, k, v = leaves = [t.clone().requires_grad_() for t in tensors[:3]]
-        out = call(q, k, v, documents)
-        out.backward(tensors[3])
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    exact = _passes(attention_reference, tensors, documents)
+    try:
+        ours = _passes(partial(attention, backend=backend), tensors, documents)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as failure:
+        # a package of another version may lack a function or refuse an argument
+        reason = str(failure).splitlines()[0]
+        raise ValueError(
+            f"attention backend {backend} fails on {device} ({reason}); choose another with --set "
+            "attention=sdpa"
+        ) from failure
     error = max(
-        float((ours - exact).abs().max() / exact.abs().max())
-        for exact, ours in zip(*results, strict=True)
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact, strict=True)
     )
     if not error < 8 * torch.finfo(dtype).eps:
         raise ValueError(
@@ -256,6 +178,18 @@ def self_test(backend: str, device: torch.device, dtype: torch.dtype) -> float:
             "--set attention=sdpa"
         )
     return error
+
+
+def _passes(
+    call: Callable[[Tensor, Tensor, Tensor, Documents], Tensor],
+    tensors: list[Tensor],
+    documents: Documents,
+) -> list[Tensor]:
+    """Output and gradients of q, k and v."""
+    leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+    with torch.enable_grad():
+        out = call(leaves[0], leaves[1], leaves[2], documents)
+    return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
 
 
 def attention(
@@ -286,6 +220,8 @@ def attention(
     if documents.bounds[-1] != T:
         raise ValueError(f"the documents cover {documents.bounds[-1]} tokens, the pack has {T}")
     if backend == "blocked":
-        o_THE: Tensor = _Blocked.apply(q_THE, k_TGE, v_TGE, documents.bounds)
+        o_THE: Tensor = Blocked.apply(q_THE, k_TGE, v_TGE, documents.bounds)
         return o_THE
-    return (_varlen if backend == "varlen" else _sdpa)(q_THE, k_TGE, v_TGE, documents)
+    # an empty pack is nothing that the packages were made for
+    call = _sdpa if backend == "sdpa" or not T else attention_packed.CALLS[backend]
+    return call(q_THE, k_TGE, v_TGE, documents)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bioinstruct.kernels.dispatch import jit, launch, next_power_of_2, tl, uses_triton
 
-CHUNK_BYTES = 32 << 20  # logits of one chunk, wide: in the reach of a CPU's last-level cache
+CHUNK_BYTES = 64 << 20  # logits of one chunk: enough rows for a GEMM that reads the whole head
+SOFTMAX_BYTES = 2 << 20  # of these, rows made wide at once: they stay in a CPU core's cache
 GPU_CHUNK_BYTES = 256 << 20  # 4,096 rows of 32,000 bfloat16 logits: whole tiles for the GEMMs
 BLOCK_V = 4096
 
@@ -83,19 +84,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_grad = ctx.needs_input_grad[0]
         dh_SD = h_TD.new_empty(S, h_TD.shape[1]) if wants_grad else None
         dw_VD = torch.zeros_like(w_VD, dtype=wide) if ctx.needs_input_grad[1] else None
-        chunk = max(1, CHUNK_BYTES // (V * wide.itemsize))
+        chunk = max(1, CHUNK_BYTES // (V * h_TD.itemsize))
+        few = max(1, SOFTMAX_BYTES // (V * wide.itemsize))
         for start in range(0, S, chunk):
             part = slice(start, start + chunk)
-            z = h_TD[rows_S[part]] @ w_VD.T
-            p = z.softmax(-1, dtype=wide)
-            # the largest probability is exp(0) / sum, at least 1 / V, so its log is safe
-            lse = z.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log_()
-            labels = labels_S[part, None]
-            loss += (lse - z.gather(1, labels)).sum()
+            logits = h_TD[rows_S[part]] @ w_VD.T
+            for z, labels in zip(logits.split(few), labels_S[part, None].split(few), strict=True):
+                p = z.softmax(-1, dtype=wide)
+                # the largest probability is exp(0) / sum, at least 1 / V, so its log is safe
+                lse = z.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log_()
+                loss += (lse - z.gather(1, labels)).sum()
+                if wants_grad:
+                    z.copy_(p.scatter_add_(1, labels, -torch.ones_like(lse)))
             if dh_SD is not None:
-                dz = p.scatter_add_(1, labels, -torch.ones_like(lse)).to(h_TD.dtype)
-                torch.mm(dz, w_VD, out=dh_SD[part]).mul_(scale)
-                _add_head_gradient(dw_VD, dz, h_TD[rows_S[part]])
+                torch.mm(logits, w_VD, out=dh_SD[part]).mul_(scale)
+                _add_head_gradient(dw_VD, logits, h_TD[rows_S[part]])
         _keep(ctx, dh_SD, dw_VD, h_TD, rows_S, scale)
         return loss * scale
 

@@ -23,12 +23,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels import Dropout, linear_cross_entropy
+from bioinstruct.kernels import Dropout, attention_blocked, linear_cross_entropy
 from bioinstruct.kernels.adamw import NORM_PIECE
+from bioinstruct.kernels.attention_blocked import Blocked
 from bioinstruct.model.adapters import Adapters, projection_shapes
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.generate import CACHE_BYTES
-from bioinstruct.model.llama import Llama
+from bioinstruct.model.llama import Attend, Llama
 from bioinstruct.model.lora_settings import LoraSettings, module_path
 from bioinstruct.train.full import WholeWeights
 from bioinstruct.train.tally import AttentionBytes, Tally
@@ -131,8 +132,12 @@ def counted_pass(setup: Setup, pack: Pack, recomputed: int = 0) -> Pass:
     else:
         masters = WholeWeights(model)
         known = [masters.flat_P, masters.grad_P]
-    with Tally(*known, *model.parameters(), model.inverse_frequency_E) as tally:
-        saved = _pass(model, adapters, setup, pack, tally)
+    tally = Tally(*known, *model.parameters(), model.inverse_frequency_E)
+    try:
+        with torch.device("meta"), tally:
+            saved = _pass(model, adapters, setup, pack, tally)
+    finally:
+        attention_blocked.forget_masks()
     return Pass(saved, tally.peak)
 
 
@@ -143,14 +148,19 @@ def _pass(model: Llama, adapters: Adapters | None, setup: Setup, pack: Pack, tal
     dropout = None
     if adapters is not None and adapters.settings.dropout:
         dropout = Dropout(adapters.settings.dropout, 0, positions_T, draws_T)
-    how = setup.backend, min(pack.longest, pack.tokens)
-    h_TD = model(
-        ids_T, positions_T, lambda _, heads: AttentionBytes.apply(*heads, *how), adapters, dropout
-    )
+    h_TD = model(ids_T, positions_T, _attention(setup.backend, pack), adapters, dropout)
     loss = linear_cross_entropy(h_TD, model.head_VD, rows_S, labels_S, 1.0)
     saved = tally.live
     loss.backward()
     return saved
+
+
+def _attention(backend: str, pack: Pack) -> Attend:
+    """The pack's attention; documents are taken to be as long as the longest."""
+    if backend != "blocked":
+        return lambda _, heads: AttentionBytes.apply(*heads, backend)
+    bounds = (*range(0, pack.tokens, pack.longest), pack.tokens)
+    return lambda _, heads: Blocked.apply(*heads, bounds)
 
 
 def _counted(length: int) -> Tensor:

@@ -60,7 +60,7 @@ def setup_of(run: Run, config: LlamaConfig, device: Hardware, ranks: int) -> Set
         lora=run.lora if run.train.method == "lora" else None,
         dtype=dtype,
         device=device.kind,
-        backend=choose_backend(run.attention, kind, dtype),
+        backend=_backend(run.attention, device, dtype),
         shards=_shards(run, config, dtype, device, ranks),
         ema=run.train.ema > 0,
         answers=run.train.samples,
@@ -76,3 +76,10 @@ def _shards(run: Run, config: LlamaConfig, dtype: torch.dtype, device: Hardware,
     if shard == "hybrid":
         return min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", GPUS_OF_A_MACHINE)))
     return ranks if shard == "full" else 1
+
+
+def _backend(name: str, device: Hardware, dtype: torch.dtype) -> str:
+    """Attention's backend; of a GPU that is not here, the one that PyTorch brings."""
+    if device.is_here:
+        return choose_backend(name, torch.device(device.kind), dtype)
+    return "varlen" if name == "auto" else name

@@ -17,6 +17,7 @@ import torch
 
 from bioinstruct.eval.runner import Job
 from bioinstruct.kernels.attention import self_test
+from bioinstruct.kernels.heap import keep_freed_memory
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llm import Llm
@@ -104,6 +105,8 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
     note(f"loading {run.model.path}")
     llm = load_base(run, ranks)
     model = llm.model
+    if model.device.type == "cpu":
+        keep_freed_memory()
     error = self_test(model.attention_backend, model.device, model.dtype)
     name = llm.default_template() if run.data.template == "auto" else run.data.template
     note(

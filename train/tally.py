@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bioinstruct.kernels.attention import QUERY_BLOCK
-
 
 class Tally(TorchDispatchMode):
     """Follows the bytes of all storages that operations within it make.
@@ -58,38 +56,20 @@ class AttentionBytes(torch.autograd.Function):
     """What a backend holds for the backward pass, and its workspace; no arithmetic."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, backend: str, longest: int
-    ) -> Tensor:
+    def forward(ctx: Any, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, backend: str) -> Tensor:
         T, H, _ = q_THE.shape
         o_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-        kept = [q_THE, k_TGE, v_TGE]
-        if backend != "blocked":
-            # log-sum-exp in float32
-            kept += [o_THE, q_THE.new_empty((H, T), dtype=torch.float32)]
-        _workspace(q_THE, k_TGE, backend, longest)
-        ctx.save_for_backward(*kept)
-        ctx.backend, ctx.longest = backend, longest
+        # log-sum-exp in float32
+        log_sums_HT = q_THE.new_empty((H, T), dtype=torch.float32)
+        ctx.save_for_backward(q_THE, k_TGE, v_TGE, o_THE, log_sums_HT)
+        ctx.backend = backend
         return o_THE
 
     @staticmethod
     def backward(ctx: Any, do_THE: Tensor) -> tuple[Tensor | None, ...]:
         q_THE, k_TGE, v_TGE, *_ = ctx.saved_tensors
         gradients = tuple(x.new_empty(x.shape) for x in (q_THE, k_TGE, v_TGE))
-        _workspace(q_THE, k_TGE, ctx.backend, ctx.longest)
-        if ctx.backend == "varlen":
+        if ctx.backend != "sdpa":
             # the gradient of the queries is summed in float32
             q_THE.new_empty(q_THE.shape, dtype=torch.float32)
-        return (*gradients, None, None)
-
-
-def _workspace(q_THE: Tensor, k_TGE: Tensor, backend: str, longest: int) -> None:
-    """Make and drop what the blocked backend holds of its longest document."""
-    if backend != "blocked":
-        return
-    H, (_, G, E) = q_THE.shape[1], k_TGE.shape
-    block = min(QUERY_BLOCK[q_THE.dtype], longest)
-    # keys, values and their float32 gradients; probabilities and the two gradients before them
-    q_THE.new_empty(2 * longest * G * E)
-    q_THE.new_empty(2 * longest * G * E, dtype=torch.float32)
-    q_THE.new_empty(3 * H * block * longest)
+        return (*gradients, None)

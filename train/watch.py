@@ -8,8 +8,9 @@ all read, and every rank ends with exit code 1; the first one says why, or its n
 first is the lost one.
 
 Silence is forgiven for a minute, since a process may be held up; for ten seconds once there is a
-sign of trouble, which is a failed collective or torchrun's SIGTERM. An error of one rank alone is
-announced likewise, with its sentence; the others get some seconds to meet it themselves, because
+sign of trouble, which is a failed collective or torchrun's SIGTERM. It is counted in beats of the
+listener's own, so that a job that was suspended is not taken for dead. An error of one rank alone
+is announced likewise, with its sentence; the others get some seconds to meet it themselves, because
 most errors meet all ranks.
 """
 
@@ -76,7 +77,7 @@ class Watch:
     def verdict(self) -> str | None:
         """Wait, for as long as a silence is forgiven, for the news which rank is lost."""
         self.trouble()
-        end_s = time.monotonic() + TROUBLED_SILENCE_S + 3 * BEAT_S
+        end_s = time.monotonic() + 2 * TROUBLED_SILENCE_S + 5 * BEAT_S
         while time.monotonic() < end_s:
             if lost := self._lost():
                 return str(lost["why"])
@@ -86,7 +87,7 @@ class Watch:
     def _watch(self) -> None:
         neighbour = (self.rank + 1) % self.size
         pulse: dict[str, Any] = {}
-        heard_s = time.monotonic()
+        silent_beats = 0
         while not self._is_over.wait(BEAT_S):
             try:
                 self._beat()
@@ -96,9 +97,10 @@ class Watch:
             except RuntimeError:
                 # a store that is gone takes the whole job with it, and torchrun reports that
                 return
+            silent_beats += 1
             if heard != pulse or heard.get("over"):
-                pulse, heard_s = heard, time.monotonic()
-            silence_s = time.monotonic() - heard_s
+                pulse, silent_beats = heard, 0
+            silence_s = silent_beats * BEAT_S
             if silence_s > (TROUBLED_SILENCE_S if self._troubled else SILENCE_S):
                 self._lose(_death(neighbour, pulse, silence_s), neighbour)
 

@@ -141,10 +141,14 @@ def test_a_job_survives_its_options(pack_tokens: int | None) -> None:
     assert (job.tokens, job.lengths) == (96, [32, 32, 32])
 
 
-def test_the_timed_shape_is_smollm2_s() -> None:
-    config = SHAPES["smollm2-135m"]
-    # what its model card says
-    assert config.parameter_count() == 134_515_008
+def test_the_timed_shapes_have_the_parameters_of_their_model_cards() -> None:
+    counts = {name: config.parameter_count() for name, config in SHAPES.items() if name != "tiny"}
+    assert counts == {
+        "llama-7b": 6_738_415_616,
+        "llama-13b": 13_015_864_320,
+        "llama-3-8b": 8_030_261_248,
+        "smollm2-135m": 134_515_008,
+    }
 
 
 # ---- beside transformers and peft --------------------------------------------------------------

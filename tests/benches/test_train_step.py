@@ -14,11 +14,13 @@ from bioinstruct.benches import train_step
 from bioinstruct.benches.eager import EagerLora, EagerStep
 from bioinstruct.benches.train_step import (
     LoraStep,
+    attention_products,
     check_gradients,
     frozen_pass,
     gemm_flops,
     gemm_list,
     run_gemms,
+    run_products,
 )
 from bioinstruct.benches.workload import SHAPES, Job, Step, make_step
 from bioinstruct.model.adapters import projection_shapes
@@ -52,7 +54,8 @@ def test_one_line_of_figures(tmp_path: Path, dtype: str) -> None:
     assert out.read_text() == line + "\n"
     row = json.loads(line)
     seconds = row["seconds"]
-    assert seconds.keys() == {"lora", "frozen", "eager", "gemms"}
+    assert seconds.keys() == {"lora", "frozen", "eager", "gemms", "attention"}
+    assert 0 < row["ratio_frozen_to_all_products"] < row["ratio_frozen_to_gemms"]
     assert all(0 < v["p20"] <= v["median"] <= v["p80"] for v in seconds.values())
     assert row["tokens_per_s"] == pytest.approx(63 / seconds["lora"]["median"])
     assert row["grad_norm"] > 0
@@ -180,3 +183,14 @@ def test_the_list_holds_every_frozen_product(step: Step) -> None:
     for gemm in gemms:
         assert gemm.left.data_ptr() != gemm.out.data_ptr()
         assert bool(torch.isfinite(gemm.out).all())
+
+
+def test_the_products_of_attention_are_all_there(step: Step) -> None:
+    products = attention_products(step)
+    config = JOB.config
+    # documents of 21 tokens are one block: every pair, six products each way, every head and layer
+    pairs = 3 * 21 * 21 * config.num_heads * config.num_layers
+    flops = sum(2 * p.left.shape[0] * p.left.shape[1] * p.right[0].numel() for p in products)
+    assert flops == 6 * 2 * pairs * config.head_dim
+    run_products(products)
+    assert all(bool(torch.isfinite(p.out).all()) for p in products)

@@ -2,7 +2,6 @@
 nothing. The budget is twice eager's own error in the same dtype plus one unit at the scale of all.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,10 +12,8 @@ from torch import Tensor
 
 from bioinstruct.kernels import (
     Branch,
-    Documents,
     Dropout,
     Rotation,
-    attention,
     linear_cross_entropy,
     lora_linear,
     rmsnorm,
@@ -24,7 +21,6 @@ from bioinstruct.kernels import (
     split_rope,
     swiglu,
 )
-from bioinstruct.kernels.attention import attention_reference, choose_backend, self_test
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy_reference
 from bioinstruct.kernels.lora import lora_linear_reference
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
@@ -119,57 +115,6 @@ def test_rotation_by_the_negative_angle_undoes_it() -> None:
     (x,) = normal((9, 2, 8))
     back = Rotation(table.cos_TE, -table.sin_TE)
     torch.testing.assert_close(rope(rope(x, table), back), x)
-
-
-LENGTHS = [(), (1,), (5,), (3, 1, 7), (130, 2), (128, 129, 1), (300,)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize(("H", "G"), [(4, 4), (6, 2), (3, 1)])
-def test_attention(
-    lengths: tuple[int, ...], H: int, G: int, backend: str, dtype: torch.dtype
-) -> None:
-    documents = Documents.of_lengths(lengths)
-    T, E = sum(lengths), 16
-    check(
-        lambda q, k, v: attention(q, k, v, documents, backend),
-        lambda q, k, v: attention_reference(q, k, v, documents),
-        normal((T, H, E), (T, G, E), (T, G, E)),
-        dtype,
-        units=4,  # eager's gradient of a one-token document is exactly zero, ours nearly
-    )
-
-
-@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
-def test_attention_survives_large_scores(backend: str) -> None:
-    q, k, v = normal((9, 2, 4), (9, 2, 4), (9, 2, 4))
-    documents = Documents.of_lengths((9,))
-    out = attention(q.float() * 1e3, k.float() * 1e3, v.float(), documents, backend)
-    exact = attention_reference(q.float().double() * 1e3, k.float().double() * 1e3, v, documents)
-    torch.testing.assert_close(out.double(), exact, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
-def test_attention_self_test_passes(backend: str) -> None:
-    assert self_test(backend, torch.device("cpu"), torch.float32) < 1e-6
-
-
-def test_attention_self_test_catches_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the package exports a function of the module's name, so the module is found in sys.modules
-    module = sys.modules["bioinstruct.kernels.attention"]
-    monkeypatch.setattr(module, "_sdpa", lambda q, k, v, d: q + k.mean() + v.mean())
-    with pytest.raises(ValueError, match="attention backend sdpa is off by"):
-        self_test("sdpa", torch.device("cpu"), torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"), [("flashy", "is unknown; allowed are auto"), ("varlen", "needs a CUDA")]
-)
-def test_attention_backends_that_cannot_run(name: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        choose_backend(name, torch.device("cpu"), torch.float32)
 
 
 def branches(masters: Sequence[Tensor], starts: Sequence[int]) -> list[Branch]:
@@ -268,11 +213,7 @@ def test_references_pass_gradcheck(op: Op) -> None:
     assert torch.autograd.gradcheck(op, inputs)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
-def test_ops_pass_gradcheck(backend: str) -> None:
-    documents = Documents.of_lengths((3, 2))
-    heads = [x.requires_grad_() for x in normal((5, 4, 2), (5, 2, 2), (5, 2, 2))]
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, documents, backend), heads)
+def test_lora_linear_passes_gradcheck() -> None:
     x, a, b = (x.requires_grad_() for x in normal((5, 4), (2, 4), (3, 2)))
     w = normal((3, 4), seed=3)[0]
     assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, w, [Branch(a, b, 0)]), (x, a, b))
@@ -318,16 +259,6 @@ def test_scaling_the_input_of_a_norm_changes_nothing(T: int, D: int, c: float) -
                 torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(1), torch.zeros(2)
             ),
             r"must be \(S,\) alike",
-        ),
-        (
-            lambda: attention(*torch.zeros(3, 4, 2, 8).unbind(), Documents.of_lengths((3,))),
-            "the documents cover 3 tokens, the pack has 4",
-        ),
-        (
-            lambda: attention(
-                torch.zeros(4, 3, 8), *torch.zeros(2, 4, 2, 8).unbind(), Documents.of_lengths((4,))
-            ),
-            "H a multiple of G",
         ),
         (lambda: rope(torch.zeros(3, 1, 4), rotation(2, 4, torch.float32)), r"must be \(3, 2\)"),
         (lambda: split_rope(torch.zeros(3, 10), rotation(3, 4, torch.float32), 1), "10 columns"),

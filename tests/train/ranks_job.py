@@ -5,6 +5,7 @@ last step; test_ranks_together.py compares what different numbers of ranks write
 """
 
 import hashlib
+import os
 import sys
 from collections import Counter
 from itertools import product
@@ -63,10 +64,17 @@ class Collectives(TorchDispatchMode):
 
 
 def cases(size: int) -> list[Case]:
-    """Configurations of so many ranks; two are tested most often, with the telling ones alone."""
+    """Configurations of so many ranks: all with BIOINSTRUCT_RANKS, else the telling ones."""
     shards = {1: ("none",), 2: ("none", "full")}.get(size, ("none", "full", "hybrid"))
     every = [Case(*case) for case in product(shards, ("lora", "full"), DTYPES)]
-    return [c for c in every if size != 2 or c.dtype == torch.float32 or c.shard == "full"]
+    if size == 1 or "BIOINSTRUCT_RANKS" in os.environ:
+        return every
+    # each way to spread with each method, and each method in each dtype
+    return [
+        c
+        for c in every
+        if (c.dtype == torch.float32) == ((c.shard == "full") == (c.method == "full"))
+    ]
 
 
 def records() -> TokenSet:

@@ -1,0 +1,285 @@
+"""A whole decoder layer, forward and backward, with adapters on its seven projections.
+
+    python benches/layer.py --dry-run
+    python benches/layer.py --device cpu --tiny
+
+Variants, all over the same norms, rotation, attention and SwiGLU, so that a difference is that of
+the LoRA formula:
+    ours       the layer as the trainer runs it with lora_linear
+    augmented  the same over augmented buffers, with the passes fused into the ops around them
+    frozen     the layer without adapters
+    gemms      its library products alone, y = x W^T and dx = dy W of its four fused weights
+    eager, eager32, manual, split
+               the formulas of lora_kernel.py
+Bytes beyond the products are those of lora_kernel.py for every group, and of the ops around them;
+`frozen` in a prediction is the products and these ops.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bioinstruct.benches import lora_kernel
+from bioinstruct.benches.graph_split import graph_split
+from bioinstruct.benches.kernel_bench import Bench, Call, Shape, Work, main
+from bioinstruct.benches.lora_kernel import eager_in_float32
+from bioinstruct.benches.train_step import check_gradients
+from bioinstruct.benches.workload import SHAPES, make_model
+from bioinstruct.kernels import (
+    Branch,
+    Documents,
+    Dropout,
+    add_rmsnorm,
+    dispatch,
+    lora_linear,
+    rmsnorm,
+    split_rope,
+    swiglu,
+)
+from bioinstruct.kernels.lora import lora_linear_reference
+from bioinstruct.model.adapters import (
+    GROUPS,
+    TARGETS,
+    Adapters,
+    LoraSettings,
+    projection_shapes,
+)
+from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.llama import Block
+
+Linear = Callable[[Tensor, Tensor, list[Branch], float, Dropout | None, int], Tensor]
+CHECKED_WIDTH = 256
+
+
+def config_of(shape: Shape) -> LlamaConfig:
+    """One layer of the model's shape; the vocabulary plays no part."""
+    return dataclasses.replace(SHAPES[shape["layer"]], num_layers=1, vocab_size=64)
+
+
+def groups_of(shape: Shape) -> list[Shape]:
+    """The layer's groups as shapes of lora_kernel.py."""
+    projections = projection_shapes(config_of(shape))
+    groups: list[Shape] = []
+    for group in GROUPS:
+        members = [projections[t] for t, (own, _) in TARGETS.items() if own == group]
+        rows = [N for N, _, _ in members]
+        given = {key: shape[key] for key in ("T", "R", "p")}
+        groups.append({"linear": group, "K": members[0][1], "rows": rows, **given})
+    return groups
+
+
+def around(shape: Shape, itemsize: int) -> tuple[int, int]:
+    """Bytes and FLOPs of the ops around the linears: norms, rotation, attention, SwiGLU."""
+    config, T = config_of(shape), shape["T"]
+    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+    H, G = config.num_heads, config.num_kv_heads
+    # two norms with their residual additions, rotation of q and k each way, SwiGLU
+    moved = itemsize * T * (16 * D + (4 * H + 6 * G) * E + 8 * F)
+    moved += itemsize * T * E * (6 * H + 6 * G)  # attention reads and writes its heads
+    return moved, 7 * T * (shape["length"] + 1) * H * E
+
+
+def _with_rest(works: list[Work], shape: Shape, itemsize: int) -> Work:
+    moved, flops = around(shape, itemsize)
+    return Work(
+        sum(w.moved_bytes for w in works) + moved,
+        sum(w.flops for w in works) + flops,
+        sum(w.floor_flops for w in works) + flops,
+        moved,
+    )
+
+
+def work(shape: Shape, itemsize: int) -> Work:
+    """Ours: lora_linear for every group, and the ops around."""
+    return _with_rest([lora_kernel.work(g, itemsize) for g in groups_of(shape)], shape, itemsize)
+
+
+def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
+    """The other formulas', and the two floors'."""
+    each = [lora_kernel.rival_work(g, itemsize) for g in groups_of(shape)]
+    works = {name: _with_rest([w[name] for w in each], shape, itemsize) for name in each[0]}
+    whole = works["augmented"]
+    products = sum(w["augmented"].floor_flops for w in each)
+    return {
+        **works,
+        "frozen": Work(whole.floor_bytes, whole.floor_flops, whole.floor_flops, whole.floor_bytes),
+        "gemms": Work(0, products, whole.floor_flops, whole.floor_bytes),
+    }
+
+
+class Case:
+    """Everything that the variants of a shape share."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, T = config_of(shape), shape["T"]
+        self.model = make_model(self.config, device, dtype)
+        self.adapters = Adapters(
+            self.config, LoraSettings(r=shape["R"], alpha=2.0 * shape["R"]), device
+        )
+        generator = torch.Generator(device).manual_seed(1)
+        with torch.no_grad():
+            self.adapters.flat_P.normal_(0, 0.02, generator=generator)
+        size = T, self.config.hidden_size
+        self.x_TD = torch.empty(size, device=device, dtype=dtype).normal_(generator=generator)
+        self.dy_TD = torch.empty(size, device=device, dtype=dtype).normal_(generator=generator)
+        self.x_TD.requires_grad_()
+        full, rest = divmod(T, shape["length"])
+        lengths = [shape["length"]] * full + [rest] * (rest > 0)
+        positions_T = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        self.rotation = self.model.rotation(positions_T)
+        self.attend = self.model.packed_attention(Documents.of_lengths(lengths, device))
+        self.dropout = None
+        if shape["p"]:
+            self.dropout = Dropout(shape["p"], 1, positions_T, torch.zeros_like(positions_T))
+        block = self.model.blocks[0]
+        assert isinstance(block, Block)
+        self.block = block
+
+    def backward(self, y_TD: Tensor) -> None:
+        """Take the gradients; the input's is dropped, the adapters' add up."""
+        self.x_TD.grad = None
+        y_TD.backward(self.dy_TD)
+
+    def plain(self) -> None:
+        """The layer as the trainer runs it."""
+        given = self.rotation, self.attend, self.adapters, self.dropout
+        self.backward(self.block(self.x_TD, *given))
+
+    def frozen(self) -> None:
+        """The layer without adapters."""
+        self.backward(self.block(self.x_TD, self.rotation, self.attend))
+
+    def augmented(self) -> Call | None:
+        """The layer over augmented buffers, where this model has them and the kernels run."""
+        if importlib.util.find_spec("bioinstruct.model.augmented_layers") is None:
+            return None
+        if not dispatch.uses_triton(self.x_TD, self.adapters.flat_P):
+            return None
+        # a model of its own: its weights move into the buffers
+        blocks = [*make_model(self.config, self.model.device, self.model.dtype).blocks]
+        made: Any = importlib.import_module("bioinstruct.model.augmented_layers")
+        (layer,) = made.AugmentedLayers(blocks, self.adapters).layers
+        if layer is None:  # too many ranks
+            return None
+        # in a model the next layer gives the gradient of the last product, with room behind it
+        room = layer.buffers["down"].room
+        dy_TD = self.dy_TD.new_empty(len(self.dy_TD), self.dy_TD.shape[1] + room)
+        dy_TD = dy_TD[:, :-room].copy_(self.dy_TD)
+
+        def call() -> None:
+            self.x_TD.grad = None
+            given = made.Residual(self.x_TD), self.rotation, self.attend, self.dropout
+            x_TD, delta_TD, _ = layer(*given)
+            torch.autograd.backward((x_TD, delta_TD), (self.dy_TD, dy_TD))
+
+        return call
+
+    def by(self, linear: Linear, branches: dict[str, list[Branch]]) -> Call:
+        """The layer with another formula for its linears."""
+        block, config, scale = self.block, self.config, self.adapters.settings.scale
+
+        def project(group: str, x: Tensor, weight: Tensor) -> Tensor:
+            return linear(x, weight, branches[group], scale, self.dropout, GROUPS.index(group))
+
+        def call() -> None:
+            h_TD = rmsnorm(self.x_TD, block.attention_norm_D, config.norm_eps)
+            qkv_TN = project("qkv", h_TD, block.qkv_ND)
+            heads = split_rope(qkv_TN, self.rotation, config.num_heads)
+            o_TD = project("o", self.attend(0, heads).flatten(1), block.o_DM)
+            x_TD, h_TD = add_rmsnorm(self.x_TD, o_TD, block.mlp_norm_D, config.norm_eps)
+            h_TF = swiglu(project("gate_up", h_TD, block.gate_up_2FD))
+            self.backward(x_TD + project("down", h_TF, block.down_DF))
+
+        return call
+
+    def gemms(self) -> Call:
+        """The products alone."""
+        products = []
+        block, T = self.block, len(self.x_TD)
+        for w_NK in (block.qkv_ND, block.o_DM, block.gate_up_2FD, block.down_DF):
+            N, K = w_NK.shape
+            x, y = (self.dy_TD.new_empty(T, width).normal_() for width in (K, N))
+            products += [(x, w_NK.detach().T, torch.empty_like(y))]
+            products += [(y, w_NK.detach(), torch.empty_like(x))]
+
+        def call() -> None:
+            for left, right, out in products:
+                torch.mm(left, right, out=out)
+
+        return call
+
+    def variants(self) -> dict[str, Call]:
+        """Every variant by name."""
+        own = {group: list(self.adapters.branches(0, group)) for group in GROUPS}
+        dtype = self.model.dtype
+        narrow = {g: [_narrowed(branch, dtype) for branch in found] for g, found in own.items()}
+        formulas: dict[str, tuple[Any, dict[str, list[Branch]]]] = {
+            "eager": (lora_linear_reference, narrow),
+            "eager32": (eager_in_float32, own),
+            "manual": (manual, own),
+            "split": (graph_split, own),
+        }
+        calls = {"ours": self.plain, "frozen": self.frozen, "gemms": self.gemms()}
+        augmented = self.augmented()
+        if augmented is not None:
+            calls["augmented"] = augmented
+        return calls | {name: self.by(*formula) for name, formula in formulas.items()}
+
+
+def check_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+    """Gradients of a model of two narrow layers with these head groups, against float64."""
+    config = SHAPES[shape["layer"]]
+    if config.hidden_size > CHECKED_WIDTH:
+        config = dataclasses.replace(
+            config,
+            hidden_size=CHECKED_WIDTH,
+            intermediate_size=CHECKED_WIDTH + 136,
+            num_heads=4,
+            num_kv_heads=max(1, 4 * config.num_kv_heads // config.num_heads),
+            head_dim=64,
+        )
+    errors = check_gradients(config, device, dtype)
+    return errors.lora / (2 * errors.eager + torch.finfo(dtype).eps)
+
+
+def manual(
+    x: Tensor, w: Tensor, branches: list[Branch], scale: float, dropout: Dropout | None, site: int
+) -> Tensor:
+    """One autograd function over library products."""
+    with dispatch.forced("reference"):
+        return lora_linear(x, w, branches, scale, dropout, site)
+
+
+def _narrowed(branch: Branch, dtype: torch.dtype) -> Branch:
+    """The adapter in the activations' dtype, with gradients of its own."""
+    a_RK, b_NR = (m.detach().to(dtype).requires_grad_() for m in (branch.a_RK, branch.b_NR))
+    return branch._replace(a_RK=a_RK, b_NR=b_NR)
+
+
+def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
+    """Those of the module's docstring."""
+    return Case(shape, dtype, device).variants()
+
+
+BENCH = Bench(
+    name="layer",
+    shapes=[
+        {"layer": layer, "T": T, "R": R, "p": p, "length": 512}
+        for T in (8192, 2048, 16384)
+        for R, p in ((16, 0.0), (16, 0.05), (64, 0.0), (64, 0.05))
+        for layer in ("llama-7b", "llama-3-8b", "llama-13b")
+    ],
+    tiny=[{"layer": "tiny", "T": 50, "R": 4, "p": p, "length": 21} for p in (0.0, 0.1)],
+    work=work,
+    check=check_layer,
+    variants=variants,
+    rival_work=rival_work,
+)
+
+if __name__ == "__main__":
+    main(BENCH)
