@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,8 @@ from bioinstruct.train.state import State, clear_unfinished, newest_state
 
 SETTINGS, METRICS, SAMPLES = "run.toml", "metrics.jsonl", "samples.jsonl"
 FINISHED, LOCK = "finished", "lock"
+EVALUATED = "val_loss", "scores"
+"""Fields of metrics.jsonl that an evaluation writes."""
 
 
 def states_of(out: Path) -> Path:
@@ -87,26 +89,33 @@ def find_state(out: Path, fingerprint: Mapping[str, Any]) -> State | None:
     state = newest_state(states_of(out))
     if state is not None:
         refuse_changes(state.facts["fingerprint"], fingerprint, out)
-    for name in (METRICS, SAMPLES):
-        cut_rows(out / name, 0 if state is None else state.step)
+    step = 0 if state is None else state.step
+    # an evaluation that the state owes is made again, with all its rows
+    owed = state is not None and bool(state.facts["standing"]["evaluation_owed"])
+    cut_rows(out / METRICS, step, without=EVALUATED if owed else ())
+    cut_rows(out / SAMPLES, step, without=("record",) if owed else ())
     return state
 
 
-def cut_rows(path: Path, step: int) -> int:
+def cut_rows(path: Path, step: int, without: Sequence[str] = ()) -> int:
     """Move the rows of later steps, and a last row that is not whole, to NAME.cut.jsonl.
 
     Args:
         path: JSON lines with a `step`; may be missing.
         step: the last step whose rows stay.
+        without: rows of that step that have one of these fields are moved too.
 
     Returns:
         How many rows were moved.
     """
     if not path.is_file():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
-    cut = [line.rstrip("\n") + "\n" for line in lines if _step_of(line) > step]
+    kept: list[str] = []
+    cut: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        row = _row(line)
+        stays = row["step"] < step or (row["step"] == step and not row.keys() & set(without))
+        (kept if stays else cut).append(line.rstrip("\n") + "\n")
     if cut:
         side = path.with_suffix(".cut" + path.suffix)
         earlier = side.read_text(encoding="utf-8") if side.is_file() else ""
@@ -116,13 +125,13 @@ def cut_rows(path: Path, step: int) -> int:
     return len(cut)
 
 
-def _step_of(line: str) -> float:
-    """The step of a row; infinity for one that a kill has cut off."""
+def _row(line: str) -> dict[str, Any]:
+    """A row; one that a kill has cut off counts as later than any step."""
     try:
-        row = json.loads(line)
+        row: dict[str, Any] = json.loads(line)
     except ValueError:
-        return float("inf")
-    return float(row["step"]) if line.endswith("\n") else float("inf")
+        row = {}
+    return row if line.endswith("\n") and row else {"step": float("inf")}
 
 
 def begin(out: Path, run: Run, made: Mapping[str, Any], step: int | None) -> None:

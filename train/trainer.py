@@ -181,7 +181,7 @@ class Trainer:
             self.checkpoints.save(standing, self.log.sync, wait=wait)
         if halt:
             raise ValueError(self._not_finite(taken))
-        if stop and not self.over:
+        if stop and (not self.over or self.prepared.jobs):
             raise Stopped(self.hint())
 
     def _due(self, *every: int) -> bool:

@@ -207,6 +207,21 @@ def test_rows_after_the_state_are_kept_aside(
     assert [json.loads(line)["step"] for line in cut[:-1]] == [19, 20, 20]
 
 
+def test_rows_of_an_evaluation_that_is_made_again_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kept = [{"step": 1, "loss": 2.0}, {"step": 1, "val_loss": 3.0}, {"step": 2, "loss": 1.0}]
+    late = [{"step": 2, "val_loss": 2.0}, {"step": 2, "scores": {}}, {"step": 3, "loss": 1.0}]
+    text = "".join(json.dumps(row) + "\n" for row in kept + late)
+    path.write_text(text)
+    assert folder.cut_rows(path, 2, without=folder.EVALUATED) == 3
+    assert rows(path) == kept
+    assert rows(tmp_path / "metrics.cut.jsonl") == late
+    assert folder.cut_rows(path, 2) == 0
+    assert folder.cut_rows(path, 1) == 1
+    assert rows(tmp_path / "metrics.cut.jsonl") == [*late, kept[-1]]
+    assert folder.cut_rows(tmp_path / "nothing.jsonl", 0) == 0
+
+
 def finished_at(straight: Path, out: Path, step: int) -> None:
     """A copy of a finished run as it was when its newest state was that of this step."""
     shutil.copytree(straight, out)

@@ -42,13 +42,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def torchrun(arguments: list[str]) -> subprocess.Popen[str]:
+def torchrun(arguments: list[str], script: Path = MAIN) -> subprocess.Popen[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*launcher, "--master-port", str(port), str(MAIN), *arguments],
+        [*launcher, "--master-port", str(port), str(script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -140,3 +140,23 @@ def test_shards_of_two_ranks_are_resumed_by_one(settings: list[str], tmp_path: P
     one, other = (load_file(run / "model" / "model.safetensors") for run in (straight, out))
     flat, again = (torch.cat([t[k].flatten() for k in sorted(t)]) for t in (one, other))
     assert (flat - again).norm() < 1e-5 * flat.norm()
+
+
+@pytest.mark.slow
+def test_trouble_on_one_rank_is_met_by_both(settings: list[str], tmp_path: Path) -> None:
+    """A NaN is named wherever its record was; a rank without memory makes all packs smaller."""
+    values = settings[1::2] + ["data.samples=9", "train.steps=6", "data.max_tokens_per_pack=1024"]
+    process = torchrun([str(tmp_path), *values], ROOT / "tests" / "train" / "trouble_job.py")
+    output, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    told = json.loads(output.splitlines()[-1])
+    nan, plain, memory = told["nan"], told["nothing"], told["memory"]
+    assert nan["updates"] == 4
+    assert nan["masters"][0] == nan["masters"][1]
+    rows = [json.loads(line) for line in (tmp_path / "nan/metrics.jsonl").read_text().splitlines()]
+    events = [row for row in rows if "event" in row]
+    assert [event["records"] for event in events] == [[nan["place"]]] * 2
+    assert memory["max_tokens"] == [512, 512]
+    assert memory["updates"] == plain["updates"] == 6
+    one, other = (torch.tensor(run["masters"][0]) for run in (plain, memory))
+    assert (one - other).norm() < 1e-5 * one.norm()
