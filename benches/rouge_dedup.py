@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from bioinstruct.synth import console
 from bioinstruct.synth.near_copies import near_copies
 from bioinstruct.synth.records import read_records
-from bioinstruct.synth.rouge import f_measure, rouge_l, rouge_words
+from bioinstruct.synth.rouge import RougeIndex, f_measure, rouge_l, rouge_words
 
 ALPACA = "instructions/alpaca52k_random_9k.json.gz"
 THRESHOLD = 0.7
@@ -194,6 +194,33 @@ def measure_alone(data: Path, texts: int, seed: int) -> dict[str, Any]:
     }
 
 
+def measure_stream(data: Path, number: int, seed: int) -> dict[str, Any]:
+    """Return a pass one text at a time, as `generate` makes it: the nearest of each is found."""
+    texts, index = make_texts(data, number, seed), RougeIndex(THRESHOLD)
+    digest = hashlib.sha256()
+
+    def decide(texts: list[str]) -> list[bool]:
+        dropped = []
+        for text in texts:
+            near = index.nearest(text)
+            digest.update(repr(near).encode())
+            dropped.append(near is not None and near.score >= THRESHOLD)
+            if not dropped[-1]:
+                index.add(text)
+        return dropped
+
+    run = timed(decide, texts)
+    return {
+        "bench": "rouge_stream",
+        "texts": number,
+        "seed": seed,
+        "seconds": run.seconds,
+        "cpu_seconds": run.cpu_seconds,
+        "dropped": sum(run.dropped),
+        "nearest_sha256": digest.hexdigest(),
+    }
+
+
 def measure(data: Path, number: int, seed: int, against: int) -> dict[str, Any]:
     """Check, then time; against is on how many texts rapidfuzz is timed, 0 for none.
 
@@ -253,14 +280,22 @@ def _alpaca() -> Path:
     help="Time rapidfuzz on at most so many texts (its time grows with their square); 0: do not.",
 )
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Append the line.")
+@click.option("--stream", is_flag=True, help="Time one text at a time instead, and its nearest.")
 @click.option("--alone", is_flag=True, hidden=True)
 def command(
-    texts: int, seed: int, data: Path | None, against: int, out: Path | None, alone: bool
+    texts: int,
+    seed: int,
+    data: Path | None,
+    against: int,
+    out: Path | None,
+    stream: bool,
+    alone: bool,
 ) -> None:
     """Time the removal of near copies; print one JSON line."""
     data = data or _alpaca()
-    if alone:
-        print(json.dumps(measure_alone(data, texts, seed)))
+    if alone or stream:
+        measured = measure_alone(data, texts, seed) if alone else measure_stream(data, texts, seed)
+        print(json.dumps(measured))
         return
     from bioinstruct.benches.harness import report
 

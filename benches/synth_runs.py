@@ -1,8 +1,10 @@
 """Whole runs of `generate` against the local server: the estimate, the funnel, the rate kept.
 
-For answers of one length and of twice that: what the configuration alone says a run will cost, what
-is said after 20 answers, and the final bill, which is compared with the server's own books. Then a
-run under a limit of requests a minute, of which the server refuses what is over.
+For answers of one length, of twice that, and as long as the seeds: what the configuration alone
+says a run will cost, what is said after 20 answers, and the final bill, which is compared with the
+server's own books. Then a run under a limit of requests a minute, of which the server refuses what
+is over; a budget of $1.00 at three concurrencies, with faults of every kind, invoked again and
+again; and the same records in batches of which a part fails or expires.
 
     python benches/synth_runs.py --records 2000
 """
@@ -14,11 +16,14 @@ import math
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bioinstruct.synth import estimate, generation, money
+from bioinstruct.synth import batching, estimate, generation, money
+from bioinstruct.synth.batching import Batching
+from bioinstruct.synth.console import Stopped
 from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.journal import NAME
 from bioinstruct.synth.plan import Plan, Settings
@@ -26,6 +31,7 @@ from bioinstruct.synth.totals import read_totals
 
 SERVER = Path(__file__).parents[1] / "tests" / "synth" / "server.py"
 PRICES = (2.5, 10.0)
+SEEDS_WORDS = 60  # of input and of output, with which the server's tasks are as long as the seeds
 
 
 def server_module() -> ModuleType:
@@ -103,6 +109,61 @@ def limited_run(module: ModuleType, records: int, rpm: int, by_header: bool) -> 
     return {"rpm": rpm, "by_header": by_header, "kept_rpm": round(rate, 1), "refused": refused}
 
 
+def budget_run(module: ModuleType, concurrency: int, invocations: int) -> dict[str, Any]:
+    """Spend $1.00 on an endpoint that fails in seven ways; return the server's bill each time.
+
+    Raises:
+        ValueError: an invocation did not stop at its budget, or the bill passed it.
+    """
+    faults = {"429": 0.05, "429-bare": 0.02, "500": 0.05, "cut": 0.04, "malformed": 0.03}
+    doing = module.Behaviour(faults=faults | {"no-usage": 0.03, "slow": 0.02}, slow_s=2.0)
+    bills, said = [], ""
+    with module.running(doing) as server, tempfile.TemporaryDirectory() as folder:
+        limits = Limits(concurrency=concurrency, timeout_s=1.0, max_failures=1000)
+        chosen = settings(Path(folder), server.url, 100_000, limits)
+        for _ in range(invocations):
+            try:
+                generation.run(Plan(replace(chosen, budget=1.0)))
+            except Stopped as stop:  # the command line makes exit 3 of it
+                said = str(stop)
+            bills.append(server.bill(*PRICES))
+            if not said or bills[-1] > 1:
+                raise ValueError(f"a bill of ${bills[-1]:.4f} on a budget of $1.00; {said}")
+        requests = len(server.seen)
+    return {
+        "concurrency": concurrency,
+        "requests": requests,
+        "bills_usd": [round(bill, 4) for bill in bills],
+        "said": said,
+    }
+
+
+def batch_run(module: ModuleType, records: int) -> dict[str, Any]:
+    """Make records in batches with errors, expiry and a lost creation, and online; compare.
+
+    Raises:
+        ValueError: the records differ, or something was bought twice.
+    """
+    doing = module.Behaviour(batch_errors=0.1, batch_end=("expired", 0.7), batch_cuts=1)
+    with module.running(doing) as server, tempfile.TemporaryDirectory() as folder:
+        made = {}
+        for name in ("online", "batch"):
+            server.seen.clear()
+            out = Path(folder) / name
+            chosen = settings(out, server.url, records, Limits(concurrency=16))
+            plan = Plan(replace(chosen, batch_factor=0.5))
+            how = Batching(requests=50, poll_s=0.1, tail=8)
+            result = generation.run(plan) if name == "online" else batching.run(plan, how)
+            bill = server.bill(*PRICES)
+            made[name] = {"charged_usd": result.charged_usd, "server_bill_usd": round(bill, 4)}
+            if max(server.bought().values()) > 1:
+                raise ValueError(f"{name}: an answer was bought twice")
+        one, other = (Path(folder) / name / generation.RECORDS for name in made)
+        if one.read_bytes() != other.read_bytes():
+            raise ValueError("records made in batches differ from those made online")
+        return made | {"batches": len(server.batches)}
+
+
 def main() -> None:
     """Run everything and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -112,11 +173,13 @@ def main() -> None:
     given = parser.parse_args()
     module = server_module()
     told = {
-        "runs": [whole_run(module, words, given.records) for words in (12, 24)],
+        "runs": [whole_run(module, words, given.records) for words in (12, 24, SEEDS_WORDS)],
         "limited": [
             limited_run(module, given.limited_records, given.rpm, by_header)
             for by_header in (False, True)
         ],
+        "budget": [budget_run(module, concurrency, 3) for concurrency in (1, 16, 256)],
+        "batch": batch_run(module, given.records),
     }
     print(json.dumps(told))
 

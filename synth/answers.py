@@ -10,11 +10,13 @@ import itertools
 import json
 import re
 from collections.abc import Collection
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from bioinstruct.synth.totals import Text
 
 FIELDS = ("instruction", "input", "output")
+_fields = itemgetter(*FIELDS)
 _DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in strings
 _MARK = r"[ \t]*(?:[#*]+[ \t]*)?"
 _ITEM = re.compile(rf"^{_MARK}\d+[.)]{_MARK}Instruction{_MARK}:{_MARK}", re.I | re.M)
@@ -68,7 +70,13 @@ def candidates(text: Text, form: str) -> list[Candidate]:
         return [Candidate("", "", text.refusal or text.content, "refusal")]
     cut = text.finish == "length"
     found = _from_json(text.content, cut) if form == "schema" else _from_list(text.content, cut)
-    return [_inspected(item) for item in found] or [Candidate("", "", text.content, "empty")]
+    return [
+        # what has a problem keeps it
+        item
+        if item.problem or (item.instruction and item.output)
+        else item._replace(problem="empty")
+        for item in found
+    ] or [Candidate("", "", text.content, "empty")]
 
 
 def _from_json(content: str, cut: bool) -> list[Candidate]:
@@ -99,21 +107,22 @@ def _skipped(content: str, at: int) -> int:
     return at
 
 
-def _from_value(value: object) -> Candidate:
-    if isinstance(value, dict):
-        given, shown, done = (value.get(field) for field in FIELDS)
-        if isinstance(given, str) and isinstance(shown, str) and isinstance(done, str):
-            given, shown, done = (_whole(text).strip() for text in (given, shown, done))
-            category = value.get("category")
-            return Candidate(
-                given, shown, done, category=category if isinstance(category, str) else ""
-            )
-    return Candidate("", "", json.dumps(value), "malformed")
+def _from_value(value: Any) -> Candidate:
+    try:
+        given, shown, done = _fields(value)
+        # of all that JSON holds only texts can be stripped
+        made = Candidate(given.strip(), shown.strip(), done.strip(), "", value.get("category", ""))
+    except (KeyError, TypeError, AttributeError):
+        return Candidate("", "", json.dumps(value), "malformed")
+    if given.isascii() and shown.isascii() and done.isascii() and made.category.__class__ is str:
+        return made
+    category = made.category if isinstance(made.category, str) else ""
+    return Candidate(_whole(made[0]), _whole(made[1]), _whole(made[2]), "", _whole(category))
 
 
 def _whole(text: str) -> str:
     """Replace halves of surrogate pairs, which JSON can carry and UTF-8 cannot."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    return text.encode("utf-8", "replace").decode()
 
 
 def _from_list(content: str, cut: bool) -> list[Candidate]:
@@ -141,8 +150,3 @@ def _from_item(item: str) -> Candidate:
         done, category = done[: named.start()], done[named.end() :].strip()
     shown = item[given.end() : answer.start()]
     return Candidate(instruction.strip(), shown.strip(), done.strip(), category=category)
-
-
-def _inspected(item: Candidate) -> Candidate:
-    empty = not item.problem and not (item.instruction and item.output)
-    return item._replace(problem="empty") if empty else item

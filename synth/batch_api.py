@@ -76,7 +76,7 @@ class BatchApi:
             import openai
         except ImportError as error:
             raise ValueError(
-                "batches need the openai package; install it with pip install openai"
+                "batches need the openai package; install it with pip install 'bioinstruct[batch]'"
             ) from error
         self.openai, self.endpoint = openai, endpoint
         self.client = openai.OpenAI(
@@ -118,7 +118,7 @@ class BatchApi:
                 raise Unclear(self._said(error)) from error
             raise self._refused(error) from error
         except self.openai.APIConnectionError as error:
-            raise Unclear(str(error)) from error
+            raise Unclear(str(error.__cause__ or error)) from error
         return _remote(made)
 
     def of_run(self, run: str) -> dict[int, Remote]:
@@ -128,6 +128,18 @@ class BatchApi:
             remote.number: remote
             for remote in (_remote(made) for made in found if (made.metadata or {}).get(RUN) == run)
         }
+
+    def one(self, name: str) -> Remote | None:
+        """Return a batch, or None where the endpoint has none of this name."""
+
+        def call() -> Any:
+            try:
+                return self.client.batches.retrieve(name)
+            except self.openai.NotFoundError:
+                return None
+
+        made = self._again(call)
+        return made and _remote(made)
 
     def lines(self, file: str) -> Iterator[Line]:
         """Yield the lines of a file of answers or errors; what is no such line is passed over."""
@@ -156,7 +168,8 @@ class BatchApi:
             except self.openai.APIConnectionError as error:
                 if attempt == TRIES:
                     raise ValueError(
-                        f"cannot reach {self.endpoint.base_url}: {error}; the same command goes on"
+                        f"cannot reach {self.endpoint.base_url}: {error.__cause__ or error}; the "
+                        "same command goes on"
                     ) from error
                 told_s = None
             time.sleep(BACKOFF_S * 2 ** (attempt - 1) if told_s is None else told_s)

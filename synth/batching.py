@@ -94,7 +94,9 @@ def run(plan: Plan, batching: Batching) -> Result:
             work.carry_out()
         except KeyboardInterrupt:
             count = len(collector.journal.totals.under_way)
-            raise Stopped(how_to_go_on(f"stopped while {count} batches go on", collector)) from None
+            raise Stopped(
+                how_to_go_on(f"stopped, batches under way: {count},", collector)
+            ) from None
         finally:
             api.close()
         if collector.missing:
@@ -122,6 +124,7 @@ class _Work:
         self.told: dict[int, str] = {}
         self.failed = self.cancelled = ""
         self.wrong: ValueError | None = None
+        self.listed = False
 
     def carry_out(self) -> None:
         """Send batches and collect them, until there are enough records or only a tail is left."""
@@ -215,7 +218,7 @@ class _Work:
     def _wait(self) -> None:
         """Wait until no batch is under way, and journal what they bring."""
         while self.totals.under_way:
-            remotes = self.api.of_run(self.run)
+            remotes = self._remotes()
             self._adopt(remotes)
             for batch in self.totals.under_way:
                 remote = remotes.get(batch.number)
@@ -229,6 +232,16 @@ class _Work:
             raise self.wrong
         if self.cancelled:
             raise Stopped(how_to_go_on(f"{self.cancelled} was cancelled", self.collector))
+
+    def _remotes(self) -> dict[int, Remote]:
+        """Return the batches by number: from the endpoint's whole list at first, or where a name is
+        missing, else those under way, for an account's list may be long."""
+        under_way = self.totals.under_way
+        if not self.listed or not all(batch.id for batch in under_way):
+            self.listed = True
+            return self.api.of_run(self.run)
+        found = {batch.number: self.api.one(batch.id) for batch in under_way}
+        return {number: remote for number, remote in found.items() if remote}
 
     def _adopt(self, remotes: dict[int, Remote]) -> None:
         """Bring the journal's batches together with those that the endpoint has."""

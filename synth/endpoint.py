@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from bioinstruct.synth.money import Prices, Usage, shown
 from bioinstruct.synth.totals import Answer, Text
@@ -36,6 +37,17 @@ class Endpoint(NamedTuple):
     def url(self) -> str:
         """The address of chat completions."""
         return f"{self.base_url}/chat/completions"
+
+    def proxy(self) -> str | None:
+        """Return the proxy that HTTPS_PROXY or HTTP_PROXY names, unless NO_PROXY excludes the host.
+
+        It is looked up once: a client that trusts the environment looks for each request again, and
+        may send a password from .netrc in place of the key.
+        """
+        parts = urlsplit(self.base_url)
+        if self.local or proxy_bypass(parts.hostname or ""):
+            return None
+        return getproxies().get(parts.scheme)
 
     def without_key(self, raw: bytes) -> bytes:
         """Return a response with the key taken out."""

@@ -74,6 +74,7 @@ def text(plan: Plan, prices: Prices) -> str:
     return (
         f"{plan.settings.n} records: about {made.requests} requests, "
         f"{made.usage.prompt_tokens:,} tokens read and {made.usage.completion_tokens:,} written, "
-        f"{money.shown(made.cost)} (yield {YIELD:.2f} assumed); "
+        f"{money.shown(made.cost)} "
+        f"(assumed: {NEW} tasks an answer, as long as the seeds, yield {YIELD:.2f}); "
         f"cap {'none' if limit is None else money.shown(limit)}"
     )

@@ -154,6 +154,8 @@ def estimate(**options: Any) -> None:
 
     plan = _plan({"out": Path(), **options})
     click.echo(text(plan, plan.prices))
+    if plan.settings.batch_factor is not None or plan.model.batch is not None:
+        click.echo(f"in batches: {text(plan, plan.batch_prices)}")
 
 
 @click.command()

@@ -171,7 +171,7 @@ def online(plan: Plan, endpoint: Endpoint, budget: int | None, collector: Collec
     """
     if under_way := collector.journal.totals.under_way:
         raise ValueError(
-            f"{len(under_way)} batches of {plan.settings.out} are under way and hold the next "
+            f"{plan.settings.out} has batches under way ({len(under_way)}), which hold the next "
             "requests; collect them with `bioinstruct-synth batch` and the same options, after "
             "cancelling them at the provider if they take too long"
         )

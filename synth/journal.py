@@ -49,7 +49,7 @@ class Journal:
         except BaseException:
             os.close(self.file)
             raise
-        self.synced_s = time.monotonic()
+        self.synced_s, self.size = time.monotonic(), os.fstat(self.file).st_size
 
     def close(self) -> None:
         """Flush to disk and let go of the lock."""
@@ -64,16 +64,11 @@ class Journal:
 
     def intent(self, key: str, reserved: int) -> int:
         """Record that a request is about to be sent; return the attempt's number."""
-        attempt = self.totals.attempts + 1
-        self._append(
-            {
-                "type": "intent",
-                "attempt": attempt,
-                "key": key,
-                "reserved": reserved,
-                "time": round(time.time(), 3),
-            }
-        )
+        attempt, now_s = self.totals.attempts + 1, time.time()
+        # a key is hexadecimal; twice as fast as an encoder
+        head = f'{{"type":"intent","attempt":{attempt},"key":"{key}"'
+        self._write(f'{head},"reserved":{reserved},"time":{now_s:.3f}}}\n'.encode())
+        self.totals.intend(attempt, reserved, now_s)
         return attempt
 
     def answer(self, attempt: int, answer: Answer, *, charged: int, seconds: float) -> None:
@@ -148,15 +143,17 @@ class Journal:
             self._append(row)
 
     def _append(self, row: dict[str, Any], answer: Answer | None = None) -> None:
-        line = line_of(row, answer)
-        start = os.lseek(self.file, 0, os.SEEK_END)
+        self._write(line_of(row, answer))
+        self.totals.add(row, answer)
+
+    def _write(self, line: bytes) -> None:
         try:
             if os.write(self.file, line) < len(line):
                 raise OSError(28, "No space left on device", str(self.path))
         except OSError as error:
-            os.ftruncate(self.file, start)
+            os.ftruncate(self.file, self.size)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.totals.add(row, answer)
+        self.size += len(line)
         now_s = time.monotonic()
         if now_s - self.synced_s > SYNC_EVERY_S:
             os.fdatasync(self.file)

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bioinstruct.synth.rouge import (
+    ONES,
     Near,
     RougeIndex,
     checked_threshold,
@@ -55,7 +56,6 @@ CACHED = 1 << 18  # matches whose arrays a processor's cache holds
 PLACE_BITS, PLACE_MASK = 8, 255  # of a word in a text
 BEHIND_BITS, BEHIND_MASK = np.uint64(7), np.uint64(127)
 SIGNS = 16  # of 16 bits each
-_ONES = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: a multiplicative hash
 
 U64 = NDArray[np.uint64]
@@ -321,8 +321,8 @@ class _Matcher:
         for at in range(0, len(text_P), CACHED // 8):
             part = slice(at, at + CACHED // 8)
             one, two = self.signs_NS[text_P[part]], self.signs_NS[other_P[part]]
-            lacks = _ONES[one & ~two].sum(axis=1, dtype=np.int32)
-            lacked = _ONES[two & ~one].sum(axis=1, dtype=np.int32)
+            lacks = ONES[one & ~two].sum(axis=1, dtype=np.int32)
+            lacked = ONES[two & ~one].sum(axis=1, dtype=np.int32)
             enough_P[part] = (lacks <= size_P[part] - need_P[part]) & (
                 lacked <= other_size_P[part] - need_P[part]
             )

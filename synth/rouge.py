@@ -21,7 +21,7 @@ symbol, and then that overlap is the number of common symbols: one addition per 
 
 import re
 from array import array
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 _WORDS = re.compile("[a-z0-9]+")
 Ints = NDArray[np.int64]
 Word = TypeVar("Word", bound=Hashable)
+FEW = 256  # texts that may hold a word before it counts as common
+ONES = np.array([number.bit_count() for number in range(1 << 16)], np.uint8)
 
 
 class Near(NamedTuple):
@@ -116,7 +118,8 @@ class RougeIndex:
     """Texts so far, and for a new one the nearest of them: for a stream, one text at a time.
 
     A query counts common symbols with every text (see the module), which bounds each F from above,
-    and takes true scores in falling order of the bounds until none left can win. For a whole file
+    and takes true scores in falling order of the bounds until none left can win. Of the 64 symbols
+    that many texts hold a text has bits, of the others a list has the texts. For a whole file
     at once synth/near_copies.py decides the same in far less time.
 
     Args:
@@ -131,6 +134,8 @@ class RougeIndex:
         self._texts: list[list[str]] = []
         self._lengths = array("q")
         self._holders: dict[tuple[str, int], array[int]] = {}
+        self._bit_of: dict[tuple[str, int], int] = {}
+        self._common = array("Q")
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -140,9 +145,22 @@ class RougeIndex:
         place, words = len(self._texts), rouge_words(text)
         self._texts.append(words)
         self._lengths.append(len(words))
+        self._common.append(0)
         for symbol in _symbols(words):
-            self._holders.setdefault(symbol, array("q")).append(place)
+            if symbol in self._bit_of:
+                self._common[place] |= self._bit_of[symbol]
+                continue
+            holders = self._holders.setdefault(symbol, array("q"))
+            holders.append(place)
+            if len(holders) > max(FEW, place // 64) and len(self._bit_of) < 64:
+                self._make_common(symbol)
         return place
+
+    def _make_common(self, symbol: tuple[str, int]) -> None:
+        """Turn the list of a symbol's texts into a bit of each text."""
+        bit = self._bit_of[symbol] = 1 << len(self._bit_of)
+        texts = np.frombuffer(self._common, np.uint64)
+        texts[np.frombuffer(self._holders.pop(symbol), np.int64)] |= np.uint64(bit)
 
     def nearest(self, text: str, at_least: float = 0.0) -> Near | None:
         """Return the text with the highest F, the earliest of several.
@@ -155,35 +173,61 @@ class RougeIndex:
             None where no text shares a word with this one, or none reaches at_least.
         """
         words = rouge_words(text)
-        places, bounds = self._bounds(words)
-        wanted = bounds >= at_least
-        places, bounds = places[wanted], bounds[wanted]
-        order = np.argsort(-bounds, kind="stable")
         bits = word_bits(words)
         best: Near | None = None
-        for place, bound in zip(places[order].tolist(), bounds[order].tolist(), strict=True):
+        for place, bound in self._by_bound(words, bits, at_least):
             if best is not None and bound < best.score:
                 break
-            other = self._texts[place]
-            score = f_measure(lcs_length(bits, len(words), other), len(words), len(other))
+            score = self._score(bits, len(words), place)
             if score >= at_least and (best is None or (score, best.place) > (best.score, place)):
                 best = Near(place, score)
         return best
+
+    def _score(self, bits: Mapping[str, int], size: int, place: int) -> float:
+        other = self._texts[place]
+        return f_measure(lcs_length(bits, size, other), size, len(other))
+
+    def _by_bound(
+        self, words: list[str], bits: Mapping[str, int], at_least: float
+    ) -> Iterator[tuple[int, float]]:
+        """Yield texts in falling order of what F can be at most, none left out that may win."""
+        overlap = self._overlap(words)
+        if not overlap.any():
+            return
+        lengths = np.frombuffer(self._lengths, np.int64)
+        # F within a few units in the last place, at a third of the operations
+        bounds = overlap / (lengths + len(words))
+        top = int(bounds.argmax())
+        floor = max(self._score(bits, len(words), top), at_least) / 2 * (1 - 1e-12)
+        places = np.flatnonzero((bounds >= floor) & (overlap > 0))
+        exact = f_measures(overlap[places], len(words), lengths[places])
+        order = np.argsort(-exact, kind="stable")
+        yield from zip(places[order].tolist(), exact[order].tolist(), strict=True)
 
     def is_near(self, text: str) -> bool:
         """Return whether any text so far has an F of at least the threshold to this one."""
         return self.nearest(text, self.threshold) is not None
 
-    def _bounds(self, words: list[str]) -> tuple[Ints, NDArray[np.float64]]:
-        """Return the texts that share a word, in order, and what F can be at most."""
-        overlap = np.zeros(len(self._texts), np.int64)
-        for symbol in _symbols(words):
+    def _overlap(self, words: list[str]) -> Ints:
+        """Return with how many of the words each text agrees."""
+        symbols = _symbols(words)
+        common = sum(self._bit_of.get(symbol, 0) for symbol in symbols)
+        texts = np.frombuffer(self._common, np.uint64)
+        overlap: Ints = _ones(texts & np.uint64(common)).astype(np.int64)
+        for symbol in symbols:
             if symbol in self._holders:
                 # a text holds a symbol once, so no place stands here twice
                 overlap[np.frombuffer(self._holders[symbol], np.int64)] += 1
-        places = np.flatnonzero(overlap)
-        lengths = np.frombuffer(self._lengths, np.int64)[places] if len(places) else places
-        return places, f_measures(overlap[places], len(words), lengths)
+        return overlap
+
+
+def _ones_by_table(numbers: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    pieces = ONES[numbers.view(np.uint16).reshape(len(numbers), 4)]
+    counts: NDArray[np.uint8] = pieces[:, 0] + pieces[:, 1] + pieces[:, 2] + pieces[:, 3]
+    return counts
+
+
+_ones = getattr(np, "bitwise_count", _ones_by_table)  # since numpy 2
 
 
 def _symbols(words: list[str]) -> list[tuple[str, int]]:

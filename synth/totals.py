@@ -8,6 +8,7 @@ import base64
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,9 +90,7 @@ class Totals:
         """
         kind = row["type"]
         if kind == "intent":
-            self.attempts = max(self.attempts, row["attempt"])
-            self.open[row["attempt"]] = int(row["reserved"])
-            self.first_s = self.first_s or row["time"]
+            self.intend(row["attempt"], int(row["reserved"]), row["time"])
         elif kind == "answer":
             self._answer(row, answer)
         elif kind == "verdict":
@@ -100,6 +99,12 @@ class Totals:
             self._batch(kind, row)
         else:
             raise ValueError(f"unknown type {kind!r}")
+
+    def intend(self, attempt: int, reserved: int, time_s: float) -> None:
+        """Count an intent."""
+        self.attempts = max(self.attempts, attempt)
+        self.open[attempt] = reserved
+        self.first_s = self.first_s or time_s
 
     @property
     def under_way(self) -> list[Batch]:
@@ -172,21 +177,22 @@ def line_of(row: Mapping[str, Any], answer: Answer | None = None) -> bytes:
         row: the line's object.
         answer: of an answer line, the response that ends it.
     """
-    tail, row = b"", dict(row)
-    if answer:
-        row |= {
-            "status": answer.status,
-            "complete": answer.complete,
-            "usage": answer.usage,
-            "model": answer.model,
-            "fingerprint": answer.fingerprint,
-        }
-        # decoded and begun so, it is UTF-8
-        if answer.text and answer.raw.startswith(b'{"') and b"\n" not in answer.raw:
-            tail = RAW + answer.raw
-        else:
-            row["raw_base64"] = base64.b64encode(answer.raw).decode()
-    return b"%b%b}\n" % (_ENCODER.encode(row).encode()[:-1], tail)
+    head = _ENCODER.encode(row)[:-1]
+    if answer is None:
+        return f"{head}}}\n".encode()
+    usage = "null" if answer.usage is None else list(answer.usage)
+    head += (
+        f',"status":{answer.status},"complete":{"true" if answer.complete else "false"},'
+        f'"usage":{usage},"model":{_quoted(answer.model)},'
+        f'"fingerprint":{_quoted(answer.fingerprint)}'
+    )
+    # decoded and begun so, it is UTF-8
+    if answer.text and answer.raw.startswith(b'{"') and b"\n" not in answer.raw:
+        return b"%b%b%b}\n" % (head.encode(), RAW, answer.raw)
+    return f'{head},"raw_base64":"{base64.b64encode(answer.raw).decode()}"}}\n'.encode()
+
+
+_quoted = lru_cache(_ENCODER.encode)  # of a few names, again and again
 
 
 def read_line(line: bytes) -> tuple[dict[str, Any], Answer | None]:

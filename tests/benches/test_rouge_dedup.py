@@ -49,6 +49,13 @@ def test_all_decide_alike() -> None:
     assert dropped_by_us(texts) == dropped_by_rapidfuzz(texts)
 
 
+def test_one_text_at_a_time_decides_the_same() -> None:
+    done = run("--texts", "500", "--stream", "--data", str(SAMPLE))
+    assert done.returncode == 0, done.stderr
+    dropped = dropped_by_us(make_texts(SAMPLE, 500, 0))
+    assert json.loads(done.stdout)["dropped"] == sum(dropped)
+
+
 def test_wrong_decisions_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rouge_dedup, "dropped_by_us", lambda texts: [False] * len(texts))
     with pytest.raises(ValueError, match=r"\d+ of 300 decisions differ from those by every pair"):

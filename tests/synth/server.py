@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import random
+import ssl
 import threading
 import time
 from collections import Counter, deque
@@ -64,6 +65,8 @@ class Behaviour:
     """Share of a batch's answers that are billed and stand in no file."""
     batch_cuts: int = 0
     """How many creations of batches are carried out and then answered by a cut connection."""
+    batch_answer_s: float = 0.0
+    """How long the answer to a creation takes, after it was carried out."""
     batch_problem: dict[str, Any] | None = None
     """The error with which batches fail to validate."""
     key: str | None = None
@@ -126,8 +129,8 @@ class Server:
         """How often the work for each body was billed."""
         return Counter(s.body_hash for s in self.seen if s.completion_tokens)
 
-    async def start(self, port: int = 0) -> asyncio.Server:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=2**22)
+    async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=2**22, ssl=tls)
         self.port = server.sockets[0].getsockname()[1]
         return server
 
@@ -160,6 +163,8 @@ class Server:
         if not line.startswith("POST /v1/chat/completions "):
             if status == 200:
                 status, value = self._batch_call(line.split(" ")[1], headers, raw)
+            if "/batches" in line and raw:
+                await asyncio.sleep(doing.batch_answer_s)
             if value is None:
                 raise ConnectionError
             sent = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -375,13 +380,15 @@ def _words(chance: random.Random, count: int) -> str:
 
 
 @contextlib.contextmanager
-def running(behaviour: Behaviour | None = None) -> Iterator[Server]:
+def running(
+    behaviour: Behaviour | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[Server]:
     """Serve from a thread until the block ends."""
     server, ready, loop = Server(behaviour), threading.Event(), asyncio.new_event_loop()
     listening: list[asyncio.Server] = []
 
     async def start() -> None:
-        listening.append(await server.start())
+        listening.append(await server.start(tls=tls))
         ready.set()
 
     def serve() -> None:

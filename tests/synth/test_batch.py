@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,13 @@ def billed(server: Any) -> float:
     return server.bill(PRICE_IN, PRICE_OUT)
 
 
+def command(given: dict[str, Any]) -> list[str]:
+    args = ["batch", "--out", given["out"], "--n", given["n"], "--model", "local"]
+    args += ["--base-url", given["base_url"], "--seeds", given["seeds"], "--price-in", PRICE_IN]
+    args += ["--price-out", PRICE_OUT, "--batch-factor", 0.5, "--budget", "none", "--poll", 0.05]
+    return [sys.executable, "-m", "bioinstruct.synth.cli", *map(str, args)]
+
+
 def check_books(server: Any, out: Path, result: Result) -> None:
     """Every key was bought once, everything received is there, and the bill is what was charged."""
     totals = read_totals(out / "journal.jsonl")
@@ -106,23 +114,20 @@ def test_a_creation_that_was_never_answered_is_found(
 
 
 def test_a_batch_is_found_after_a_kill_at_its_creation(
-    make: Make, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, server: Any, given: dict[str, Any], tmp_path: Path, online: Callable[..., bytes]
 ) -> None:
-    from bioinstruct.synth.journal import Journal
-
-    def killed(*_: object) -> None:
-        raise InterruptedError("killed")
-
-    monkeypatch.setattr(Journal, "batch_created", killed)
-    with pytest.raises(InterruptedError):
-        make({"tail": 0})
-    monkeypatch.undo()
-    assert len(server.batches) == 1
+    server.behaviour.batch_answer_s = 60.0
+    with subprocess.Popen(command(given), stderr=subprocess.DEVNULL) as process:
+        while not server.batches:
+            time.sleep(0.01)
+        process.kill()
+    server.behaviour.batch_answer_s = 0.0
     totals = read_totals(tmp_path / "run" / "journal.jsonl")
     assert [(b.id, b.ended) for b in totals.under_way] == [("", False)]
     assert totals.spent / PICO >= billed(server)
     result = make({"tail": 0})
     check_books(server, tmp_path / "run", result)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == online()
 
 
 def test_a_batch_that_was_never_sent_costs_nothing(
@@ -191,6 +196,25 @@ def test_hidden_answers_stay_charged(make: Make, server: Any, tmp_path: Path) ->
     assert len(result.records) == 200
 
 
+def test_a_batch_that_is_gone_stays_charged(make: Make, server: Any, tmp_path: Path) -> None:
+    server.behaviour.batch_s = 60.0
+
+    def lose() -> None:
+        while not server.batches or not read_totals(tmp_path / "run" / "journal.jsonl").batches:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        server.behaviour.batch_s = 0.0
+        server.batches.clear()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    result = make({"tail": 0})
+    thread.join()
+    assert len(result.records) == 200
+    assert result.charged_usd > billed(server)
+    assert not read_totals(tmp_path / "run" / "journal.jsonl").open
+
+
 def test_failed_validation_says_why(make: Make, server: Any, tmp_path: Path) -> None:
     server.behaviour.batch_problem = {"code": "token_limit_exceeded", "message": "queue is full"}
     with pytest.raises(ValueError, match=r"token_limit_exceeded: queue is full.*--batch-requests"):
@@ -254,24 +278,17 @@ def test_files_are_split_by_size(make: Make, server: Any, tmp_path: Path) -> Non
 def test_generate_leaves_batches_alone(
     make: Make, server: Any, given: dict[str, Any], tmp_path: Path
 ) -> None:
-    args = ["batch", "--out", given["out"], "--n", 200, "--model", "local", "--poll", 0.05]
-    args += ["--base-url", server.url, "--seeds", given["seeds"], "--price-in", PRICE_IN]
-    args += ["--price-out", PRICE_OUT, "--batch-factor", 0.5, "--budget", "none"]
     server.behaviour.batch_s = 60
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bioinstruct.synth.cli", *map(str, args)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = subprocess.Popen(command(given), stderr=subprocess.PIPE, text=True)
     while not server.batches:
         time.sleep(0.01)
     time.sleep(0.3)  # long enough for the batch to be recorded
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 3, err
-    assert "stopped while 1 batches go on with 0 of 200 records" in err
+    assert "stopped, batches under way: 1, with 0 of 200 records" in err
     assert "1 under way of 1" in status(given["out"])
-    with pytest.raises(ValueError, match="1 batches of .* are under way"):
+    with pytest.raises(ValueError, match=r"has batches under way \(1\), which hold"):
         generate(**given)
     with pytest.raises(ValueError, match="begun with seed"):
         make(seed=1)

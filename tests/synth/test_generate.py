@@ -2,11 +2,8 @@
 
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 from collections.abc import Callable
@@ -277,22 +274,6 @@ def test_useless_answers_end_the_run(make: Make, server: Any, content: str) -> N
         make()
 
 
-def test_an_answer_of_a_megabyte(make: Make, server: Any) -> None:
-    server.behaviour.content = json.dumps(
-        {
-            "tasks": [
-                {"instruction": "Summarise the long note.", "input": "a", "output": "b " * 2**19}
-            ]
-        }
-    )
-    assert len(make(n=1, max_tokens=400_000).records[0]["output"]) == 2**20 - 1
-
-
-def test_nothing_listens(make: Make) -> None:
-    with pytest.raises(ValueError, match="cannot reach http://127.0.0.1:1/v1"):
-        make(base_url="http://127.0.0.1:1/v1")
-
-
 def test_an_endpoint_that_always_fails(make: Make, server: Any) -> None:
     server.behaviour.faults = {"429": 1.0}
     server.behaviour.retry_after = "0.01"
@@ -405,47 +386,6 @@ def test_generate_inside_a_running_loop(make: Make) -> None:
         return make(n=20)
 
     assert len(asyncio.run(notebook()).records) == 20
-
-
-def test_a_second_process_is_refused(make: Make, server: Any, tmp_path: Path) -> None:
-    server.behaviour.latency_s = 1.0
-    first = threading.Thread(target=make, kwargs={"n": 10})
-    first.start()
-    while not server.seen:
-        time.sleep(0.01)
-    with pytest.raises(ValueError, match="another process is working on"):
-        make(n=10)
-    first.join()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_keeps_what_is_in_flight(
-    server: Any, seeds: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    server.behaviour.latency_s = 0.5
-    args = command(server, seeds, tmp_path / "run", "--n", 500, "--budget", "none")
-    process = subprocess.Popen([*args, "--concurrency", "8"], stderr=subprocess.PIPE, text=True)
-    while len(server.seen) < 12:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 3, err
-    assert "the same command goes on" in err
-    totals = read_totals(tmp_path / "run" / "journal.jsonl")
-    assert not totals.open
-    assert totals.received == len(server.seen)
-
-
-def test_a_read_only_folder(make: Make, tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        path = tmp_path / "file"
-        path.write_text("")
-        with pytest.raises(OSError, match="file"):
-            make(out=path / "run")
-        return
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(PermissionError):
-        make(out=tmp_path / "locked" / "run")
 
 
 @pytest.mark.slow

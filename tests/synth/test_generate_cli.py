@@ -111,6 +111,8 @@ def test_estimate_uses_the_installed_seeds(run: Run) -> None:
     code, out, _ = run("estimate", "--n", 25_000, "--model", "gpt-4o-mini")
     assert code == 0
     assert out.startswith("25000 records: about 1731 requests")
+    online, half = (float(line.split("written, $")[1].split(" ")[0]) for line in out.splitlines())
+    assert half == pytest.approx(online / 2, abs=1e-4)
     assert "cap $" in out
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bioinstruct.synth import near_copies as module
+from bioinstruct.synth import rouge
 from bioinstruct.synth.near_copies import near_copies
 from bioinstruct.synth.rouge import (
     Near,
@@ -137,16 +138,41 @@ def test_f_grows_with_the_lcs_and_is_2l_over_m_plus_n(m: int, n: int) -> None:
 
 
 @settings(deadline=None)
-@given(TEXTS, TEXT, st.floats(0, 1))
-def test_nearest_is_the_best_of_every_pair(texts: list[str], text: str, at_least: float) -> None:
+@given(TEXTS, TEXT, st.floats(0, 1), st.sampled_from([0, 1, 5, 99]))
+def test_nearest_is_the_best_of_every_pair(
+    texts: list[str], text: str, at_least: float, few: int
+) -> None:
     index = RougeIndex(0.7)
-    assert [index.add(t) for t in texts] == list(range(len(texts)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rouge, "FEW", few)
+        assert [index.add(t) for t in texts] == list(range(len(texts)))
     scores = [Near(k, rouge_l(text, t)) for k, t in enumerate(texts)]
     found = [n for n in scores if n.score > 0 and n.score >= at_least]
     best = max(found, key=lambda n: (n.score, -n.place), default=None)
     assert index.nearest(text, at_least) == best
     assert index.is_near(text) == any(n.score >= 0.7 for n in scores)
     assert len(index) == len(texts)
+
+
+def test_more_common_words_than_there_are_bits() -> None:
+    texts = [" ".join(f"w{(k * i) % 90}" for i in range(1, 60)) for k in range(1, 90)]
+    index = RougeIndex(0.7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rouge, "FEW", 3)
+        for place, text in enumerate(texts):
+            scores = [(rouge_l(text, other), -k) for k, other in enumerate(texts[:place])]
+            if scores and max(scores)[0]:
+                score, k = max(scores)
+                assert index.nearest(text) == Near(-k, score)
+            index.add(text)
+    assert len(index._bit_of) == 64 < len(index._holders)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)))
+def test_bits_are_counted(numbers: list[int]) -> None:
+    counts = [number.bit_count() for number in numbers]
+    array = np.array(numbers, np.uint64)
+    assert rouge._ones_by_table(array).tolist() == rouge._ones(array).tolist() == counts
 
 
 @settings(deadline=None, max_examples=300)
