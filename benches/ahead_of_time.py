@@ -43,7 +43,7 @@ from bioinstruct.kernels import (  # noqa: E402
     split_rope,
     swiglu,
 )
-from bioinstruct.kernels.adamw import adamw_, clip_factor_tensor, norm_tensor  # noqa: E402
+from bioinstruct.kernels.adamw import adamw_, clip_factor_tensor, global_norm  # noqa: E402
 from bioinstruct.kernels.augmented import Augmented, Use  # noqa: E402
 from bioinstruct.kernels.dispatch import HAS_TRITON, Launch, recorded  # noqa: E402
 from bioinstruct.kernels.gemm_lora import gemm_lora  # noqa: E402
@@ -144,7 +144,7 @@ def _run_rest() -> None:
     for plus in (None, torch.zeros(4096, dtype=torch.bool)):
         adamw_(p, g, m, v, lr=1e-4, step=1, plus_P=plus, plus_ratio=16.0)
     adamw_(p, g, m, v, lr=1e-4, step=1, grad_factor=clip_factor_tensor(p[0], 1.0))
-    norm_tensor(g)
+    global_norm(g)
     Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)]).refresh(p)
 
 

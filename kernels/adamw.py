@@ -27,6 +27,8 @@ CHUNK_P = 1 << 16
 """Numbers that torch's operations update at a time on a CPU: 1 MB of masters and moments."""
 NORM_PARTS = 1024
 """Programs of the norm, so that the order of the sum depends on nothing but P."""
+NORM_PIECE = 1 << 24
+"""Elements that torch's norm widens at a time."""
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -156,16 +158,21 @@ def clip_factor_tensor(norm: Tensor, max_norm: float) -> Tensor:
     return factor.masked_fill(~norm.isfinite(), math.nan).float()
 
 
-def global_norm(g_P: Tensor) -> float:
-    """Euclidean norm of the whole gradient; not finite exactly when an element is not finite."""
-    return float(norm_tensor(g_P))
+def global_norm(g_P: Tensor) -> Tensor:
+    """Euclidean norm of the whole gradient; not finite exactly when an element is not finite.
 
-
-def norm_tensor(g_P: Tensor) -> Tensor:
-    """Return global_norm as a float64 scalar on the gradient's device, without waiting for it."""
+    Returns:
+        A float64 scalar on the gradient's device; who reads it waits for the device.
+    """
     if uses_triton(g_P):
         sums = g_P.new_zeros(NORM_PARTS)
         launch(_square_sums, (NORM_PARTS,), g_P, sums, g_P.numel(), BLOCK=BLOCK_P, num_warps=4)
         return sums.sum(dtype=torch.float64).sqrt()
-    norm: Tensor = torch.linalg.vector_norm(g_P, dtype=torch.float64)
+    return wide_norm(g_P)
+
+
+def wide_norm(x_P: Tensor) -> Tensor:
+    """Norm in float64, piece by piece: PyTorch widens what it is given as a whole first."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in x_P.split(NORM_PIECE)]
+    norm: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     return norm
