@@ -141,7 +141,7 @@ def check_peer() -> dict[str, float]:
         copy_weights(step, peer)
     documents = random_documents(CHECK.config, CHECK.lengths)
     peer_loss = peer.add_gradient(*peer_batch(documents, step.model.device), 1.0)
-    losses = [add_gradient(step.model, step.adapters, b, step.scale) for b in step.batches]
+    losses = [float(add_gradient(step.model, step.adapters, b, step.scale)) for b in step.batches]
     errors = [
         _error(tensor.grad, peer.adapter(module, which).grad)
         for module in step.adapters.modules

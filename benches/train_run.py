@@ -73,8 +73,8 @@ def real_tokens(config: LlamaConfig, longest: int) -> TokenSet:
                 places.append(f"{RECORDS.name}:{number + 1}")
     if not samples:
         raise ValueError(f"no record fits in --pack-tokens {longest}; the shortest takes about 30")
-    offsets = np.cumsum([0, *map(len, samples)]).astype(np.int64)
-    return TokenSet(np.concatenate(samples), offsets, np.array(prompts, dtype=np.int64), places)
+    sizes = [len(sample) for sample in samples]
+    return TokenSet.laid(np.concatenate(samples), sizes, prompts, places)
 
 
 def expected_bytes(config: LlamaConfig, num_adapter_weights: int, T: int, itemsize: int) -> int:

@@ -167,7 +167,7 @@ def random_documents(config: LlamaConfig, lengths: Sequence[int], seed: int = 0)
     tokens = rng.integers(0, config.vocab_size, sum(sizes), dtype=np.uint32)
     prompts = np.array([length + 1 - length // 2 for length in lengths], dtype=np.int64)
     places = [f"document {i}" for i in range(len(lengths))]
-    return TokenSet(tokens, np.cumsum([0, *sizes], dtype=np.int64), prompts, places)
+    return TokenSet.laid(tokens, sizes, prompts, places)
 
 
 def make_batches(tokens: TokenSet, pack_tokens: int, device: torch.device) -> list[Batch]:

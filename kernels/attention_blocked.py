@@ -58,6 +58,11 @@ def _future(Q: int, J: int, dtype: torch.dtype) -> Tensor:
     return torch.full((Q, Q), -torch.inf, dtype=dtype).triu_(1).repeat_interleave(J, 0)
 
 
+def forget_masks() -> None:
+    """Drop the masks kept so far: those made on the meta device serve no other."""
+    _future.cache_clear()
+
+
 def _heads_first(x_THE: Tensor, G: int) -> Tensor:
     """(T, H, E) -> (G, T * J, E), contiguous."""
     T, H, E = x_THE.shape
@@ -67,7 +72,7 @@ def _heads_first(x_THE: Tensor, G: int) -> Tensor:
 def _tokens_first(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """(G, T * J, E) -> (T, H, E), contiguous."""
     G, (T, H, E) = len(x), shape
-    out_THE = torch.empty(shape, dtype=dtype)
+    out_THE = x.new_empty(shape, dtype=dtype)
     out_THE.view(T, G, H // G * E).copy_(x.view(G, T, H // G * E).transpose(0, 1))
     return out_THE
 

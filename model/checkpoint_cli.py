@@ -137,7 +137,7 @@ def convert(model: Path, out: Path, form: str, dtype: str | None, shard_gb: floa
         files = save_meta(out, checkpoint.config, pairs, dtype=_dtype(dtype))
     else:
         files = _save(out, checkpoint.config, pairs, dtype, shard_gb)
-    files += _copy_tokenizer(checkpoint.path.parent, out)
+    files += copy_tokenizer(checkpoint.path.parent, out)
     print(f"wrote {', '.join(file.name for file in files)} to {out}")
 
 
@@ -157,7 +157,7 @@ def merge(model: Path, adapter: Path, out: Path, dtype: str | None, shard_gb: fl
     adapters = Adapters.load(adapter, checkpoint.config)
     pairs = merged(_weights(checkpoint), adapters)
     files = _save(out, checkpoint.config, pairs, dtype, shard_gb)
-    files += _copy_tokenizer(checkpoint.path.parent, out)
+    files += copy_tokenizer(checkpoint.path.parent, out)
     print(f"wrote {', '.join(file.name for file in files)} to {out}")
     difference, largest = logit_difference(checkpoint, adapters, open_checkpoint(out))
     print(
@@ -213,7 +213,7 @@ def _save(
     return save_checkpoint(out, config, pairs, dtype=_dtype(dtype), max_shard_bytes=size)
 
 
-def _copy_tokenizer(source: Path, out: Path) -> list[Path]:
+def copy_tokenizer(source: Path, out: Path) -> list[Path]:
     """Copy the files of a tokenizer beside the weights, so that the folder is whole."""
     copied = []
     for name in TOKENIZER_FILES:

@@ -75,7 +75,7 @@ class _Cache:
         self.rows_B = torch.arange(len(kept), device=kept.device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],

@@ -37,10 +37,12 @@ def collate(
 
     Args:
         tokens: all samples.
-        samples: numbers of those in this pack.
+        samples: numbers of those in this pack; none gives empty_batch.
         draws: their draw numbers.
         device: where the tensors go.
     """
+    if not samples:
+        return empty_batch(device)
     ids, labels, rows, lengths, start = [], [], [], [], 0
     for i in samples:
         sample, prompt = tokens.sample(i)
@@ -54,14 +56,23 @@ def collate(
     numbers = np.repeat(np.array([draws[i] for i in samples], dtype=np.int64), lengths)
 
     def tensor(values: np.ndarray[tuple[int, ...], np.dtype[np.integer]]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+        return _sent(torch.from_numpy(values.astype(np.int64)), device)
 
+    laid = Documents.of_lengths(lengths)
+    documents = Documents(laid.bounds, _sent(laid.cu_seqlens, device))
     return Batch(
-        Pack(tensor(np.concatenate(ids)), tensor(positions), Documents.of_lengths(lengths, device)),
+        Pack(tensor(np.concatenate(ids)), tensor(positions), documents),
         tensor(np.concatenate(rows)),
         tensor(np.concatenate(labels)),
         tensor(numbers),
     )
+
+
+def _sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on its way to a device; the host does not wait, for which memory is pinned."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def empty_batch(device: torch.device | str = "cpu") -> Batch:

@@ -11,11 +11,12 @@ Llama2-MedTuned paper used: every parameter but norms and biases).
 Memory   16 bytes a weight in float32 (master, gradient, two moments), 18 in bfloat16.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from bioinstruct.model.checkpoint import Checkpoint, Rows
 from bioinstruct.model.llama import Llama
 from bioinstruct.train.masters import Masters, Part
 
@@ -30,7 +31,26 @@ def decays(parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1
 
 
-class WholeWeights(Masters):
+class FullMasters(Masters):
+    """All weights of a model."""
+
+    def read(self, checkpoint: Checkpoint) -> None:
+        """Give the masters the values of a checkpoint of this model.
+
+        Raises:
+            ValueError: as Checkpoint.load_rows.
+        """
+        flat_P = self.flat()
+        checkpoint.load_rows(
+            {
+                name: Rows((total, *rows.shape[1:]), start, rows)
+                for name, (rows, start, total) in self.pieces(flat_P).items()
+            }
+        )
+        self.set_flat(flat_P)
+
+
+class WholeWeights(FullMasters):
     """All weights of a model that this rank holds whole; it unfreezes them.
 
     Args:
@@ -85,8 +105,3 @@ class WholeWeights(Masters):
             start += parameter.numel()
         for name, (parameter, first, rows) in self.model.pieces().items():
             yield name, whole[parameter][first : first + rows]
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        places = dict(self.named(flat_P))
-        for name, tensor in tensors:
-            places[name].copy_(tensor)

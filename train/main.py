@@ -1,6 +1,7 @@
 """Train from a recipe: `python train/main.py [RECIPE.toml] [--set key=value]...`, or torchrun.
 
-Without a recipe and without model.path this runs the demo recipe, train/demo/recipe.toml.
+Without a recipe and without model.path this runs the demo recipe, train/demo/recipe.toml. A run
+that was stopped or killed goes on with `python train/main.py OUT/run.toml --resume`.
 """
 
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import click
 
 from bioinstruct.synth import console
+from bioinstruct.train.stops import interrupt_on_usr1
 
 NEXT = """
 All answers are in {out}/eval-after; the report is {out}/report.md.
@@ -24,39 +26,45 @@ Next, the same on a 7B model and a GPU (all records, an epoch):
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key.")
 @click.option("--dry-run", "dry", is_flag=True, help="Check everything, print the plan, stop.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run (not in this version).")
-def command(recipe: Path | None, overrides: tuple[str, ...], dry: bool, resume: bool) -> None:
+@click.option("--resume", is_flag=True, help="Continue the run in the folder `out`.")
+@click.option("--profile", metavar="A:B", help="Trace the steps A to B into profile-A-B.json.")
+def command(
+    recipe: Path | None, overrides: tuple[str, ...], dry: bool, resume: bool, profile: str | None
+) -> None:
     """Tune a LLaMA model on instruction records.
 
     RECIPE is a TOML file; defaults < RECIPE < --set. Without RECIPE and without
     --set model.path=... the demo recipe runs.
     """
-    if resume:
-        raise click.UsageError("--resume is not supported by this version; start a new run")
     if recipe is not None and not recipe.is_file():
         raise click.UsageError(f"there is no recipe {recipe}")
     # torch is imported only now, so that --help and wrong usage answer at once
     from bioinstruct.train.demo import RECIPE
     from bioinstruct.train.dry_run import dry_run
     from bioinstruct.train.loop import train
+    from bioinstruct.train.profiling import read_steps
     from bioinstruct.train.ranks import joined
     from bioinstruct.train.run import read_run
 
     if recipe is None and not any(o.startswith("model.path=") for o in overrides):
         recipe = RECIPE
     run = read_run(recipe, overrides)
+    traced = None if profile is None else read_steps(profile)
     name = "run" if recipe is None else "demo" if recipe == RECIPE else recipe.stem
+    if dry:
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(run)
+        return
     with joined(run.device) as ranks:
-        if dry:
-            dry_run(run, ranks)
-            return
-        out = train(run, name, shlex.join(sys.argv), ranks)
+        said = shlex.join(sys.argv)
+        out = train(run, name, said, ranks, resume=resume, profile=traced)
     if recipe == RECIPE:
         console.note(NEXT.format(out=out))
 
 
 def main() -> None:
     """Entry point; of several ranks the first one speaks."""
+    interrupt_on_usr1()
     if os.environ.get("RANK", "0") != "0":
         console.mute()
     console.run(command)

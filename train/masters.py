@@ -20,6 +20,7 @@ from torch import Tensor
 from bioinstruct.kernels.adamw import global_norm
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.train.ranks import Ranks
+from bioinstruct.train.state import Piece, whole
 
 
 class Part(NamedTuple):
@@ -42,6 +43,9 @@ class Masters:
         parts: of the masters, one after the other as in grad_P.
     """
 
+    is_sharded = False
+    """Whether ranks hold a part of the model each, so that all must compute side by side."""
+
     def __init__(self, grad_P: Tensor, parts: Iterable[Part]) -> None:
         self.grad_P, self.parts = grad_P, list(parts)
 
@@ -57,8 +61,8 @@ class Masters:
         """Add the other ranks' gradients, where the backward passes have not done so."""
         ranks.sum_(self.grad_P)
 
-    def gradient_norm(self) -> float:
-        """Norm of the whole summed gradient, equal on all ranks."""
+    def gradient_norm(self) -> Tensor:
+        """Norm of the whole summed gradient, equal on all ranks: a float64 scalar, not read."""
         return global_norm(self.grad_P)
 
     def changed(self) -> None:
@@ -74,6 +78,27 @@ class Masters:
             part.master_P.copy_(flat_P[part.place])
         self.changed()
 
+    def pieces(self, flat_P: Tensor) -> dict[str, Piece]:
+        """This rank's rows of each tensor in a vector of this layout: views, by name."""
+        return {name: whole(tensor) for name, tensor in self.named(flat_P)}
+
+    @property
+    def num_writers(self) -> int:
+        """How many ranks hold rows that no rank before them holds: those write the states."""
+        return 1
+
+    def check_recovers(self) -> None:
+        """Refuse to go on after one rank has broken off in the middle of its packs.
+
+        Raises:
+            ValueError: the other ranks wait for it in a collective and cannot be told.
+        """
+        if self.is_sharded:
+            raise ValueError(
+                "memory ran out on a rank while the others waited for its weights; set "
+                "data.max_tokens_per_pack lower, train.checkpoint_layers higher, or take more GPUs"
+            )
+
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Take a vector of this layout apart: (name, whole tensor), the same on all ranks.
 
@@ -82,15 +107,12 @@ class Masters:
         """
         raise AssertionError("each kind of masters has its own names")
 
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Undo named: write this rank's part of the whole tensors into flat_P."""
-        raise AssertionError("each kind of masters has its own names")
-
 
 class LoraMasters(Masters):
     """The adapters of a frozen model; with LoRA+ all B learn at a multiple of the rate of all A."""
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters, *, is_sharded: bool = False) -> None:
+        self.is_sharded = is_sharded
         flat_P, num_a = adapters.flat_P, adapters.num_a
         ratio = adapters.settings.plus_ratio
         stretches = [(slice(None), 1.0)]
@@ -106,7 +128,3 @@ class LoraMasters(Masters):
 
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "flat", flat_P
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        for _, tensor in tensors:
-            flat_P.copy_(tensor)

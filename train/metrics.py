@@ -2,14 +2,16 @@
 
 FLOP convention, per step: 4 for every weight of the frozen linears and token (forward and input
 gradient), 4 for every weight of the head and supervised token, 3.5 times the forward FLOPs of
-causal attention, 6 for every adapter weight and token. Recomputation is not counted.
+causal attention, 6 for every adapter weight and token; 6 instead of the 4 where all weights train.
+Recomputation is not counted. MFU is these FLOPs over seconds and the vendor's dense bfloat16 peak.
 """
 
 import json
 import math
+import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,24 @@ PEAK_BFLOAT16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
 class MetricsLog:
     """Appends one JSON object a line, flushed at once, so that a killed run keeps its history."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, also: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.path, self.also = path, also
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row; numbers that JSON cannot hold become null."""
+        """Append a row, and hand it to `also`; numbers that JSON cannot hold become null."""
         safe = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
         self.file.write(json.dumps(safe, allow_nan=False) + "\n")
         self.file.flush()
+        if self.also is not None:
+            self.also(safe)
+
+    def sync(self) -> None:
+        """Make the rows so far survive a loss of power, as the state after them will."""
+        if self.path.is_file():
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -51,16 +60,27 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def step_flops(
-    config: LlamaConfig, num_adapter_weights: int, lengths: Sequence[int], supervised_tokens: int
+    config: LlamaConfig,
+    num_adapter_weights: int | None,
+    lengths: Sequence[int],
+    supervised_tokens: int,
 ) -> float:
-    """Model FLOPs of a LoRA step over documents of these lengths, by the convention above."""
+    """Model FLOPs of a step over documents of these lengths, by the convention above.
+
+    Args:
+        config: the model's shape.
+        num_adapter_weights: what trains; None for all weights.
+        lengths: tokens of each document.
+        supervised_tokens: rows of the head.
+    """
     tokens = sum(lengths)
     linears = config.num_layers * sum(N * K for N, K, _ in projection_shapes(config).values())
     head = config.vocab_size * config.hidden_size
     pairs = sum(n * (n + 1) / 2 for n in lengths)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
-    base = 4 * linears * tokens + 4 * head * supervised_tokens
-    return base + 3.5 * attention + 6 * num_adapter_weights * tokens
+    passes = 6 if num_adapter_weights is None else 4
+    base = passes * (linears * tokens + head * supervised_tokens)
+    return base + 3.5 * attention + 6 * (num_adapter_weights or 0) * tokens
 
 
 def mfu(flops: float, seconds: float, device: torch.device) -> float | None:

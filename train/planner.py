@@ -102,6 +102,18 @@ class Planner:
         steps = sum(self.steps_of(e) for e in range(whole))
         return max(1, steps + round((epochs - whole) * self.steps_of(whole)))
 
+    def with_room(self, max_tokens: int) -> "Planner":
+        """Return a planner of the same steps with packs of another size."""
+        return Planner(
+            self.lengths,
+            self.supervised,
+            max_tokens=max_tokens,
+            batch_samples=self.batch_samples,
+            batch_tokens=self.batch_tokens,
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
+
     def plan(self, step: int) -> StepPlan:
         """Plan step number `step`, counted from 0 over all epochs."""
         epoch = 0

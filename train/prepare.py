@@ -6,32 +6,39 @@ Everything that a user can get wrong shows here, before a step is taken or a fol
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from bioinstruct.eval.runner import Job
 from bioinstruct.kernels.attention import self_test
 from bioinstruct.kernels.heap import keep_freed_memory
 from bioinstruct.model.adapters import Adapters
-from bioinstruct.model.llm import Llm, load
+from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.llm import Llm
 from bioinstruct.model.templates import Template, get_template
+from bioinstruct.model.tokenizer import Tokenizer
 from bioinstruct.synth.console import note
+from bioinstruct.train import hardware
+from bioinstruct.train.base import load_base, masters_of, recomputed_layers
 from bioinstruct.train.batch import Batch, collate
-from bioinstruct.train.demo import resolve
+from bioinstruct.train.masters import Masters
 from bioinstruct.train.metrics import step_flops
+from bioinstruct.train.mixture import files_of, load_mixture
 from bioinstruct.train.planner import Planner, StepPlan
+from bioinstruct.train.policy import settled
 from bioinstruct.train.provenance import commit, device_name, package_version
 from bioinstruct.train.ranks import ALONE, Ranks, deal
 from bioinstruct.train.run import Run
 from bioinstruct.train.scores import prepare_jobs
-from bioinstruct.train.tokens import Limits, TokenSet, load_tokens
+from bioinstruct.train.tokens import Limits, TokenSet
 
+T = TypeVar("T")
 _PACKAGES = ("bioinstruct", "torch", "numpy", "safetensors", "sentencepiece", "tiktoken")
 
 
@@ -49,13 +56,34 @@ class Prepared:
     num_steps: int
     jobs: list[Job]
     """Tasks to score before and after training."""
+    masters: Masters
+    """What trains."""
     ranks: Ranks = ALONE
 
     @property
-    def adapters(self) -> Adapters:
-        """What trains."""
-        assert self.llm.adapters is not None
-        return self.llm.adapters
+    def adapters(self) -> Adapters | None:
+        """The adapters, where it is they that train."""
+        return self.masters.adapters
+
+    def on_first(self, work: Callable[[Path], T], out: Path) -> T:
+        """Let the first rank do what computes with the model and writes into a folder.
+
+        Where the model is spread over the ranks all of them must compute: the others do the same,
+        and what they write is thrown away.
+
+        Args:
+            work: called with the folder.
+            out: the first rank's folder.
+
+        Raises:
+            ValueError, OSError: what work raised, on every rank.
+        """
+        if not self.masters.is_sharded:
+            return self.ranks.from_first(lambda: work(out))
+        if self.ranks.is_first:
+            return work(out)
+        with tempfile.TemporaryDirectory() as folder:
+            return work(Path(folder))
 
 
 def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
@@ -72,9 +100,7 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
     """
     if not run.model.path:
         raise ValueError("model.path is not set; give --set model.path=FOLDER")
-    if not run.data.path:
-        raise ValueError("data.path is not set; give --set data.path=FILE")
-    files = [_existing(name, "data.path") for name in run.data.path]
+    files_of(run.data)
     jobs = prepare_jobs(run)
     note(f"loading {run.model.path}")
     llm = load_base(run, ranks)
@@ -88,14 +114,43 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
         f"attention {model.attention_backend} (self-test error {error:.0e}), template {name}"
     )
     template = get_template(name, llm.tokenizer)
-    limit = min(run.data.max_tokens_per_pack, llm.config.max_positions)
-    limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
     # the first rank encodes, the others find the cache
-    every = ranks.first_then_all(lambda: load_tokens(files, template, llm.tokenizer, limits))
-    tokens, validation = _split(run, every)
-    if isinstance(run.data.validation, str):
-        held = _existing(run.data.validation, "data.validation")
-        validation = load_tokens([held], template, llm.tokenizer, limits)
+    data = ranks.first_then_all(lambda: plan_data(run, llm.config, llm.tokenizer, template))
+    run = _settled(run, llm, data.planner, ranks)
+    masters = masters_of(run, llm, ranks)
+    if masters.adapters is not None:
+        run = dataclasses.replace(run, lora=masters.adapters.settings)
+    return Prepared(run, llm, template, *data, jobs, masters, ranks)
+
+
+def _settled(run: Run, llm: Llm, planner: Planner, ranks: Ranks) -> Run:
+    """Choose what the run leaves to the memory of its devices, alike on all ranks."""
+    device = hardware.find("auto", run.device)
+    run = ranks.from_first(lambda: settled(run, llm.config, planner, device, ranks.size))
+    llm.model.recomputed_layers = recomputed_layers(run, llm.config)
+    return run
+
+
+class PlannedData(NamedTuple):
+    """What a run trains on, and in which steps."""
+
+    tokens: TokenSet
+    validation: TokenSet | None
+    planner: Planner
+    num_steps: int
+
+
+def plan_data(
+    run: Run, config: LlamaConfig, tokenizer: Tokenizer, template: Template
+) -> PlannedData:
+    """Encode and mix the records, and plan the steps.
+
+    Raises:
+        ValueError: as for load_mixture.
+    """
+    limit = min(run.data.max_tokens_per_pack, config.max_positions)
+    limits = Limits(limit, run.data.on_empty, run.data.on_overlong, run.data.turns)
+    tokens, validation = load_mixture(run, template, tokenizer, limits)
     planner = Planner(
         tokens.lengths,
         tokens.supervised,
@@ -105,64 +160,43 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
         seed=run.train.seed,
         shuffle=run.data.shuffle,
     )
-    num_steps = run.train.steps or planner.num_steps(run.train.epochs)
-    weights = model.destinations()
-    llm.adapters = Adapters.starting(llm.config, run.lora, model.device, run.train.seed, weights)
-    run = dataclasses.replace(run, lora=llm.adapters.settings)
-    return Prepared(run, llm, template, tokens, validation, planner, num_steps, jobs, ranks)
-
-
-def load_base(run: Run, ranks: Ranks) -> Llm:
-    """Load the model that the settings name onto this rank's device."""
-    return load(
-        resolve(run.model.path),
-        dtype=run.model.dtype,
-        device=run.device if ranks.size == 1 else str(ranks.device),
-        tokenizer=resolve(run.model.tokenizer) if run.model.tokenizer else None,
-        attention=run.attention,
+    return PlannedData(
+        tokens, validation, planner, run.train.steps or planner.num_steps(run.train.epochs)
     )
 
 
-def own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:
-    """Yield this rank's packs of a step, dealt by their FLOPs."""
-    model, ranks = prepared.llm.model, prepared.ranks
+def own_packs(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> list[list[int]]:
+    """Return this rank's packs of a step, dealt by their FLOPs."""
+    return deal_packs(prepared, tokens, plan.packs)
+
+
+def deal_packs(prepared: Prepared, tokens: TokenSet, packs: Sequence[list[int]]) -> list[list[int]]:
+    """Return those of these packs that are this rank's, dealt by their FLOPs.
+
+    Where the model is spread over the ranks, all get as many: some are empty.
+    """
     lengths, supervised = tokens.lengths, tokens.supervised
     costs = [
-        step_flops(model.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
-        for pack in plan.packs
+        step_flops(prepared.llm.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
+        for pack in packs
     ]
-    for number in deal(costs, ranks.size)[ranks.rank]:
-        yield collate(tokens, plan.packs[number], plan.draws, model.device)
+    hands = deal(costs, prepared.ranks.size)
+    own = [packs[number] for number in hands[prepared.ranks.rank]]
+    if prepared.masters.is_sharded:
+        own += [[]] * (max(map(len, hands)) - len(own))
+    return own
 
 
-def _existing(name: str, key: str) -> Path:
-    path = resolve(name)
-    if not path.is_file():
-        raise ValueError(f"{key}: there is no file {name}")
-    return path
+def own_batches(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> Iterator[Batch]:
+    """Yield this rank's packs of a step as tensors."""
+    for pack in own_packs(prepared, tokens, plan):
+        yield collate(tokens, pack, plan.draws, prepared.llm.model.device)
 
 
 def _batch_samples(run: Run) -> int | None:
     if run.train.batch_tokens is not None:
         return None
     return run.train.batch_samples or 32
-
-
-def _split(run: Run, tokens: TokenSet) -> tuple[TokenSet, TokenSet | None]:
-    """Hold out a seeded share of the samples."""
-    share = run.data.validation
-    if isinstance(share, str) or share == 0:
-        return tokens, None
-    records = list(dict.fromkeys(tokens.places))  # the answers of a conversation stay together
-    held = max(1, round(share * len(records)))
-    if held >= len(records):
-        raise ValueError(
-            f"data.validation = {share} of {len(records)} records leaves none to train on"
-        )
-    order = np.random.Philox(key=[run.train.seed, 1 << 40]).random_raw(len(records)).argsort()
-    chosen = {records[i] for i in order[:held]}
-    left = [i for i, place in enumerate(tokens.places) if place not in chosen]
-    return tokens.subset(left), tokens.subset(sorted(set(range(len(tokens))) - set(left)))
 
 
 def made(prepared: Prepared, command: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bioinstruct.model.llm import choose_device
+from bioinstruct.synth.console import Stopped
+from bioinstruct.train.watch import Watch
 
 T = TypeVar("T")
 TIMEOUT = "BIOINSTRUCT_RANK_TIMEOUT_S"
@@ -41,6 +43,7 @@ class Ranks:
         device: where this process computes.
         local_rank: number of this process on its machine.
         local_size: number of processes on this machine.
+        watch: tells which rank died; None alone.
     """
 
     def __init__(
@@ -51,15 +54,26 @@ class Ranks:
         device: torch.device | str = "cpu",
         local_rank: int = 0,
         local_size: int = 1,
+        watch: Watch | None = None,
     ) -> None:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.local_rank, self.local_size = local_rank, local_size
-        self._said = 0
+        self.watch, self._said = watch, 0
 
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that writes files and talks to the user."""
         return self.rank == 0
+
+    def begin_step(self, number: int) -> None:
+        """Note which step this rank is in, for the report should it die."""
+        if self.watch is not None:
+            self.watch.begin_step(number)
+
+    def trouble(self) -> None:
+        """Expect a rank to be lost: torchrun ends all ranks when one dies, by SIGTERM."""
+        if self.watch is not None:
+            self.watch.trouble()
 
     def sum_(self, x: Tensor) -> None:
         """Replace a tensor by its sum over ranks, in one collective."""
@@ -174,12 +188,32 @@ def joined(device: str) -> Iterator[Ranks]:
         timeout=timedelta(seconds=_timeout_s()),
         device_id=own if own.type == "cuda" else None,
     )
-    yield Ranks(
-        int(os.environ["RANK"]), size, device=own, local_rank=local_rank, local_size=local_size
-    )
-    # not after an error: the other ranks may be anywhere, and the process ends
-    dist.barrier()
+    rank = int(os.environ["RANK"])
+    watch = Watch(rank, size)
+    with _reported(watch):
+        yield Ranks(
+            rank, size, device=own, local_rank=local_rank, local_size=local_size, watch=watch
+        )
+        # not after an error: the other ranks may be anywhere, and the process ends
+        dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _reported(watch: Watch) -> Iterator[None]:
+    """Turn a collective that failed into the sentence which rank died, and tell own errors."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        own = isinstance(error, (ValueError, OSError, torch.OutOfMemoryError))
+        if isinstance(error, RuntimeError) and not own and (lost := watch.verdict()):
+            raise ConnectionError(lost) from error
+        watch.announce(str(error) or type(error).__name__)
+        raise
+    finally:
+        watch.close()
 
 
 def _timeout_s() -> float:

@@ -8,17 +8,16 @@ A path that starts with `demo:` stands for something the project brings: `demo:s
 model (taken from the package index on first use), `demo:FILE` a file in train/demo.
 """
 
-import dataclasses
 import difflib
+import math
 import tomllib
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bioinstruct.model.lora_settings import LoraSettings
+from bioinstruct.train import toml_tables
 
 SCHEDULES = "cosine", "linear", "constant", "wsd"
 RECORD_TABLE = "made"
@@ -50,9 +49,35 @@ class ModelSettings:
     """File or folder of the tokenizer; empty: found in the model's folder, then its parent."""
     dtype: str = "auto"
     """Compute dtype: auto | float32 | bfloat16."""
+    shape: str = ""
+    """A shape of train/shapes by name, or a config.json: what --dry-run plans with while there is
+    nothing at model.path yet."""
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixFile:
+    """A file of records that is not simply taken once and whole: a table of [[data.mix]]."""
+
+    path: str
+    """The file, of any form that data.path takes."""
+    weight: float = 1.0
+    """Times that its records stand in an epoch; 1.5 is each once and a random half once more."""
+    cap: int | None = None
+    """Take so many of its records at most, drawn at random."""
+    categories: tuple[str, ...] = ()
+    """Take records of these categories only; empty: all."""
+
+    def __post_init__(self) -> None:
+        name = f"data.mix of {self.path or 'a file without path'}"
+        if not self.path:
+            raise ValueError("data.mix: path is empty; name a file of records")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"{name}: weight = {self.weight} must be a number above 0")
+        if self.cap is not None:
+            _positive(f"{name}: cap", self.cap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +98,15 @@ class DataSettings:
     """Records with an empty output: error | drop | keep (they teach the stop token alone)."""
     on_overlong: str = "error"
     """Records over the limit: error | drop | truncate (from the prompt's left)."""
+    mix: tuple[MixFile, ...] = ()
+    """More files, each with a weight, a cap or categories of its own."""
+    categories: tuple[str, ...] = ()
+    """Use records of these categories only, by their field `category`; empty: all."""
+    samples: int | None = None
+    """Train on so many records of the mixture, drawn at random: with the same seed a smaller
+    number's are among a larger number's."""
+    seed: int | None = None
+    """Of the held-out share, weights, caps and samples; train.seed when not given."""
 
     def __post_init__(self) -> None:
         if isinstance(self.validation, float) and not 0 <= self.validation < 1:
@@ -83,6 +117,10 @@ class DataSettings:
         _one_of("data.turns", self.turns, ("all", "last"))
         _one_of("data.on_empty", self.on_empty, ("error", "drop", "keep"))
         _one_of("data.on_overlong", self.on_overlong, ("error", "drop", "truncate"))
+        if self.samples is not None:
+            _positive("data.samples", self.samples)
+        if self.seed is not None and not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"data.seed = {self.seed} must be 0 or more and below 2^32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +151,33 @@ class TrainSettings:
     seed: int = 0
     """Of initialisation, order, dropout and the validation split."""
     save_every: int = 0
-    """Write the adapter every so many steps; 0 writes it at the end alone."""
+    """Write the adapter, and a state to resume from, every so many steps; 0: at the end alone."""
+    keep: int = 2
+    """States kept, the newest; the best one stays besides."""
+    keep_best: str = ""
+    """Keep the adapter that is best by this in adapter-best: val_loss, or a task of eval.tasks, by
+    its main score or as TASK:SCORE; empty: none."""
+    patience: int = 0
+    """Stop after so many evaluations without a better keep_best; 0: never."""
     eval_every: int = 0
     """Validation loss and sample answers every so many steps; 0 for the end alone."""
     samples: int = 3
     """Sample answers written at each evaluation."""
     method: str = "lora"
-    """What trains: lora."""
+    """What trains: lora | full (all weights)."""
+    checkpoint_layers: int | str = 0
+    """Layers, from the first on, that keep only their input and compute the rest again in the
+    backward pass: less memory, at most half as much work again with LoRA; auto: the fewest with
+    which the largest pack should fit."""
+    max_skipped: int = 3
+    """A step whose loss or gradient is not finite is skipped; end after so many in a row."""
+    spikes: float = 10.0
+    """Report a loss or gradient norm so many robust deviations above the last steps' median, with
+    the records behind it; 0: never."""
+    deterministic: bool = False
+    """Refuse operations whose results change from run to run on a GPU; they are slower."""
+    tensorboard: bool = False
+    """Write TensorBoard's files too, into OUT/tensorboard."""
 
     def __post_init__(self) -> None:
         if self.batch_samples is not None and self.batch_tokens is not None:
@@ -130,10 +188,16 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None:
                 _positive(f"train.{name}", value)
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "keep", "max_skipped"):
             _positive(f"train.{name}", getattr(self, name))
         for name in ("warmup_steps", "weight_decay", "clip", "save_every", "eval_every", "samples"):
             _not_negative(f"train.{name}", getattr(self, name))
+        for name in ("patience", "spikes"):
+            _not_negative(f"train.{name}", getattr(self, name))
+        if isinstance(self.checkpoint_layers, str):
+            _one_of("train.checkpoint_layers", self.checkpoint_layers, ("auto",))
+        else:
+            _not_negative("train.checkpoint_layers", self.checkpoint_layers)
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
         if not 0 <= self.ema < 1:
@@ -141,7 +205,7 @@ class TrainSettings:
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"train.decay_share = {self.decay_share} must be above 0, at most 1")
         _one_of("train.schedule", self.schedule, SCHEDULES)
-        _one_of("train.method", self.method, ("lora",))
+        _one_of("train.method", self.method, ("lora", "full"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,14 +221,34 @@ class EvalSettings:
 
     lexicon: str = ""
     """CoNLL file whose mentions make the lexicon baseline of NER tasks."""
+    every: int = 0
+    """Score the tasks every so many steps too; 0: never."""
 
     def __post_init__(self) -> None:
+        _not_negative("eval.every", self.every)
         if self.limit is not None:
             _positive("eval.limit", self.limit)
         for task in self.tasks:
             if not all(task.partition("=")):
                 raise ValueError(f"eval.tasks: {task!r} must be NAME=PATH")
         _one_of("eval.form", self.form, ("list", "medtuned"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What --dry-run and the choice of memory policy assume about the hardware."""
+
+    hardware: str = "auto"
+    """A GPU of train/hardware.py by name, as in A100-40GB, or cpu; auto: what is here."""
+    mfu: float = 0.4
+    """Share of the GPU's peak at which the time is reckoned."""
+    ranks: int = 0
+    """GPUs in all; 0: as many as this launch has processes."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"plan.mfu = {self.mfu} must be above 0, at most 1")
+        _not_negative("plan.ranks", self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +265,37 @@ class Run:
     device: str = "auto"
     """auto | cpu | cuda | cuda:N."""
     shard: str = "auto"
-    """How weights are spread: auto | none (the whole model on each device)."""
+    """How weights are spread over ranks: auto | none (each holds all of them) | full (each holds a
+    part, FSDP2) | hybrid (a part within a machine, machines alike)."""
     out: str = ""
     """Folder of the results; empty: runs/<recipe>-<time>."""
+    plan: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
-        _one_of("shard", self.shard, ("auto", "none"))
+        _one_of("shard", self.shard, ("auto", "none", "full", "hybrid"))
+        if self.train.method == "full" and self.lora != LoraSettings():
+            raise ValueError(
+                "train.method = 'full' trains all weights, so settings of [lora] have no effect; "
+                "leave them out"
+            )
+        self._check_evaluations()
+
+    def _check_evaluations(self) -> None:
+        """Refuse settings of the evaluation that would have no effect."""
+        best, tasks = self.train.keep_best, [task.partition("=")[0] for task in self.eval.tasks]
+        if self.train.patience and not best:
+            raise ValueError("train.patience needs train.keep_best, which says what better is")
+        if self.eval.every and not tasks:
+            raise ValueError("eval.every needs eval.tasks, which names what is scored")
+        if not best:
+            return
+        _one_of("train.keep_best", best.partition(":")[0], ("val_loss", *tasks))
+        if best == "val_loss" and not (self.data.validation and self.train.eval_every):
+            raise ValueError(
+                "train.keep_best = 'val_loss' needs data.validation and train.eval_every"
+            )
+        if best != "val_loss" and not self.eval.every:
+            raise ValueError(f"train.keep_best = {best!r} needs eval.every")
 
 
 def read_run(recipe: Path | None, overrides: Sequence[str]) -> Run:
@@ -206,74 +315,15 @@ def read_run(recipe: Path | None, overrides: Sequence[str]) -> Run:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{recipe} is not valid TOML: {error}") from None
         table.pop(RECORD_TABLE, None)
-    flags = [_set(table, override) for override in overrides]
+    flags = [toml_tables.put(table, override) for override in overrides]
 
     def place(name: str) -> str:
         """Where the value of a dotted key was given, for an error message."""
-        flag = any(f"{key}.".startswith(f"{name}.") for key in flags)
+        flag = any(f"{key}.".startswith(f"{name.split('[')[0]}.") for key in flags)
         return "--set" if flag or recipe is None else str(recipe)
 
-    run: Run = _build(Run, table, "", place)
+    run: Run = toml_tables.Reader(Run, _ELSEWHERE, place).build(Run, table)
     return run
-
-
-def _set(table: dict[str, Any], override: str) -> str:
-    """Put an override into the table and return its key."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"--set {override!r} must be key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.strip().split(".")
-    for part in path:
-        inner = table.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ValueError(f"--set {override!r}: {part} is a value, not a table")
-        table = inner
-    table[last] = value
-    return key.strip()
-
-
-def keys(kind: type[Any] = Run, prefix: str = "") -> list[str]:
-    """All dotted keys of a run."""
-    names = []
-    for f in dataclasses.fields(kind):
-        section = typing.get_type_hints(kind)[f.name]
-        if dataclasses.is_dataclass(section):
-            names += keys(typing.cast(type, section), f"{prefix}{f.name}.")
-        else:
-            names.append(prefix + f.name)
-    return names
-
-
-def _build(
-    kind: type[Any], table: Mapping[str, Any], prefix: str, place: Callable[[str], str]
-) -> Any:
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in table.items():
-        name = prefix + key
-        if key not in hints:
-            raise ValueError(f"{place(name)}: unknown key {name}; {_suggestion(name)}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{place(name)}: {name} must be a table, not {value!r}")
-            values[key] = _build(typing.cast(type, hints[key]), value, f"{name}.", place)
-        else:
-            values[key] = _value(hints[key], value, name, place(name))
-    return kind(**values)
-
-
-def _suggestion(name: str) -> str:
-    known = keys()
-    tables = sorted({k.split(".")[0] for k in known})
-    # the right key in the wrong table comes first, then likely slips
-    last = name.split(".")[-1]
-    close = [k for k in known if k.split(".")[-1] == last] + _ELSEWHERE.get(last, [])
-    close += difflib.get_close_matches(name, [*tables, *known], 1, 0.5)
-    return f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
 
 
 # what other trainers call these keys
@@ -289,65 +339,18 @@ _ELSEWHERE = {
     "rank": ["lora.r"],
     "use_rslora": ["lora.rslora"],
     "loraplus_lr_ratio": ["lora.plus_ratio"],
+    "max_samples": ["data.samples"],
+    "datasets": ["data.mix"],
+    "gradient_checkpointing": ["train.checkpoint_layers"],
 }
 
 
-def _value(hint: Any, value: Any, name: str, where: str) -> Any:
-    """Check a TOML value against a field's type; an int passes for a float, a value for a list."""
-    kind = typing.get_origin(hint)
-    if kind is tuple:
-        item = typing.get_args(hint)[0]
-        items = value if isinstance(value, list) else [value]
-        if not all(type(i) is item for i in items):
-            raise ValueError(f"{where}: {name} = {value!r} must be a list of {_PLURALS[item]}")
-        return tuple(items)
-    if kind is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: {name} = {value!r} must be a table of names and numbers")
-        item = typing.get_args(hint)[1]
-        return {key: _value(item, inner, f"{name}.{key}", where) for key, inner in value.items()}
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int:
-        value = float(value)
-    if type(value) not in allowed:
-        names = " or ".join(_TYPE_NAMES[t] for t in allowed if t is not types.NoneType)
-        raise ValueError(f"{where}: {name} = {value!r} must be {names}")
-    return value
-
-
-_PLURALS = {str: "strings", int: "whole numbers"}
-_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+def keys() -> list[str]:
+    """All dotted keys of a run."""
+    return toml_tables.keys(Run)
 
 
 def to_toml(run: Run, made: Mapping[str, Any]) -> str:
     """Write the resolved settings, and how the run was made, as a recipe."""
-    plain = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-    tables = {k: v for k, v in plain.items() if dataclasses.is_dataclass(v)}
-    lines = [_line(k, v) for k, v in plain.items() if k not in tables]
-    for name, section in tables.items():
-        fields = dataclasses.fields(section)
-        rows = [(f.name, getattr(section, f.name)) for f in fields]
-        lines += ["", f"[{name}]", *(_line(k, v) for k, v in rows if v is not None)]
-    lines += ["", f"[{RECORD_TABLE}]", *(_line(k, v) for k, v in made.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _line(key: str, value: Any) -> str:
-    return f"{key} = {_toml(value)}"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return (
-            '"'
-            + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
-            + '"'
-        )
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    return repr(value)
+    rows = ["", f"[{RECORD_TABLE}]", *(toml_tables.line(k, v) for k, v in made.items())]
+    return "\n".join([*toml_tables.lines_of(run), *rows]) + "\n"

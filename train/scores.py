@@ -1,11 +1,12 @@
 """Task scores before and after training, beside what simple baselines reach."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bioinstruct.eval import baselines
-from bioinstruct.eval.report import Row, table, write_results, write_samples
+from bioinstruct.eval.report import RESULTS, Row, table, write_results, write_samples
 from bioinstruct.eval.runner import Job, Result, grade, progress_bars, run_tasks
 from bioinstruct.eval.runner import prepare as prepare_job
 from bioinstruct.eval.tasks import find_task, ncbi_disease, pubmedqa
@@ -51,6 +52,51 @@ def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: 
     write_samples(folder, row, 1)
     write_results(folder, [row], {"model": str(llm.path), "adapter": adapter, "template": template})
     return row
+
+
+def check_best(keep_best: str, jobs: Sequence[Job]) -> None:
+    """Refuse a train.keep_best that names a score which its task does not have.
+
+    Raises:
+        ValueError: with the scores that the task has.
+    """
+    task, _, name = keep_best.partition(":")
+    for job in jobs:
+        if name and job.task.name == task:
+            # graded with the right answers, only to learn the names
+            known = grade(job, [item.gold for item in job.items]).scores
+            if name not in known:
+                raise ValueError(
+                    f"train.keep_best = {keep_best!r}: {task} has no score {name!r}, only "
+                    f"{', '.join(known)}"
+                )
+
+
+def stored_row(jobs: Sequence[Job], out: Path, stage: str) -> Row | None:
+    """Read back what score_tasks wrote before an interruption.
+
+    Returns:
+        The row with its answers judged again; None where the same items were not all answered.
+    """
+    folder = out / f"eval-{stage}"
+    if not (folder / RESULTS).is_file():
+        return None
+    row = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["rows"][0]
+    results = []
+    for job in jobs:
+        entry = row["tasks"].get(job.task.name)
+        if entry is None:
+            return None
+        lines = (folder / entry["samples"]).read_text(encoding="utf-8").splitlines()
+        samples = [json.loads(line) for line in lines]
+        asked = [(item.id, item.instruction, item.input) for item in job.items]
+        if [(s["id"], s["instruction"], s["input"]) for s in samples] != asked:
+            return None
+        result = grade(job, [s["output"] for s in samples])
+        kept = {key: entry[key] for key in ("template", "max_new_tokens", "seconds")}
+        finished = [bool(s["finished"]) for s in samples]
+        results.append(dataclasses.replace(result, finished=finished, **kept))
+    return Row(system=row["system"], model=row["model"], adapter=row["adapter"], results=results)
 
 
 def baseline_rows(jobs: Sequence[Job], lexicon: str) -> list[Row]:

@@ -22,7 +22,7 @@ files row by row: no rank ever holds the whole.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from bioinstruct.kernels.adamw import wide_norm
 from bioinstruct.model.checkpoint import Checkpoint, Rows
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.full import decays, ordered
-from bioinstruct.train.masters import Masters, Part
+from bioinstruct.train.full import FullMasters, decays, ordered
+from bioinstruct.train.masters import Part
 from bioinstruct.train.ranks import Ranks
+from bioinstruct.train.state import Piece
 
 MODES = "full", "hybrid"
 
@@ -79,6 +81,8 @@ def _mesh(ranks: Ranks, mode: str) -> DeviceMesh:
 
 def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Make a model's blocks, and the rest of it, FSDP2 groups that compute in dtype."""
+    # adapters in one buffer with weights would be sharded with them
+    model.may_augment = False
     # inputs are cast by nobody: angles stay float32
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -115,13 +119,15 @@ def _rows(model: Llama) -> dict[str, Rows]:
     return places
 
 
-class ShardedWeights(Masters):
+class ShardedWeights(FullMasters):
     """All weights of a sharded model: this rank's rows of them.
 
     Args:
         model: made by sharded_model, with trains.
         ranks: among whom it is spread.
     """
+
+    is_sharded = True
 
     def __init__(self, model: Llama, ranks: Ranks) -> None:
         assert isinstance(model, FSDPModule)
@@ -145,17 +151,40 @@ class ShardedWeights(Masters):
     def sum_gradient(self, ranks: Ranks) -> None:
         """Nothing is left to do: the backward passes summed it."""
 
-    def gradient_norm(self) -> float:
-        own = float(torch.linalg.vector_norm(self.grad_P, dtype=torch.float64))
+    def gradient_norm(self) -> Tensor:
+        square: Tensor = wide_norm(self.grad_P).square()
+        self.ranks.sum_(square)
         mesh = self.shards[0].device_mesh
         copies = mesh.size(0) if mesh.ndim == 2 else 1
-        return math.sqrt(self.ranks.total([own * own])[0] / copies)
+        return (square / copies).sqrt()
 
     def changed(self) -> None:
-        # what is still gathered holds old values
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop what a pass without gradient left gathered: the model shows its shards again."""
         self.root.reshard()
 
+    def pieces(self, flat_P: Tensor) -> dict[str, Piece]:
+        self._let_go()
+        held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
+        pieces = {}
+        for name, (parameter, start, rows) in self.model.pieces().items():
+            assert isinstance(parameter, DTensor)
+            local = flat_P[held[parameter]].view_as(parameter.to_local())
+            own = _first_row(parameter)
+            first, last = max(start, own), min(start + rows, own + len(local))
+            last = max(first, last)
+            pieces[name] = Piece(local[first - own : last - own], first - start, rows)
+        return pieces
+
+    @property
+    def num_writers(self) -> int:
+        mesh = self.shards[0].device_mesh
+        return mesh.size(mesh.ndim - 1)
+
     def named(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
+        self._let_go()
         held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
         whole: dict[nn.Parameter, Tensor] = {}
         for name, (parameter, first, rows) in self.model.pieces().items():
@@ -164,18 +193,6 @@ class ShardedWeights(Masters):
                 local = flat_P[held[parameter]].view_as(parameter.to_local())
                 whole = {parameter: _like(parameter, local).full_tensor()}
             yield name, whole[parameter][first : first + rows]
-
-    def set_named(self, flat_P: Tensor, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        held = {p: part.place for p, part in zip(self.shards, self.parts, strict=True)}
-        pieces = self.model.pieces()
-        for name, tensor in tensors:
-            parameter, start, rows = pieces[name]
-            assert isinstance(parameter, DTensor)
-            local = flat_P[held[parameter]].view_as(parameter.to_local())
-            own = _first_row(parameter)
-            first, last = max(start, own), min(start + rows, own + len(local))
-            if first < last:
-                local[first - own : last - own].copy_(tensor[first - start : last - start])
 
 
 def _like(parameter: DTensor, local: Tensor) -> DTensor:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bioinstruct.kernels import Dropout, linear_cross_entropy
 from bioinstruct.kernels.adamw import adamw_, clip_factor
@@ -21,6 +22,7 @@ from bioinstruct.model.llama import Llama
 from bioinstruct.train.batch import Batch
 from bioinstruct.train.masters import LoraMasters, Masters
 from bioinstruct.train.ranks import ALONE, Ranks
+from bioinstruct.train.state import Piece, State
 
 
 class Optimizer:
@@ -48,14 +50,18 @@ class Optimizer:
         self.average_P = self.masters.flat() if ema else None
         self.updates = 0
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, norm: float | None = None) -> float:
         """Apply the collected gradient and clear it.
+
+        Args:
+            lr: learning rate.
+            norm: of the gradient, where it is known.
 
         Returns:
             The gradient's norm before clipping; where it is not finite nothing was changed.
         """
         grad_P = self.masters.grad_P
-        norm = self.masters.gradient_norm()
+        norm = float(self.masters.gradient_norm()) if norm is None else norm
         if math.isfinite(norm):
             self.updates += 1
             for part in self.masters.parts:
@@ -83,6 +89,37 @@ class Optimizer:
         for part in self.masters.parts:
             self.average_P[part.place].lerp_(part.master_P, 1 - kept)
 
+    def pieces(self) -> dict[str, Piece]:
+        """What a state holds of it: this rank's rows of every tensor, by KIND.NAME."""
+        return self._pieces(self.masters.flat())
+
+    def _pieces(self, masters_P: Tensor) -> dict[str, Piece]:
+        vectors = {"masters": masters_P, "m": self.m_P, "v": self.v_P}
+        if self.average_P is not None:
+            vectors["average"] = self.average_P
+        return {
+            f"{kind}.{name}": piece
+            for kind, vector_P in vectors.items()
+            for name, piece in self.masters.pieces(vector_P).items()
+        }
+
+    def restore(self, state: State) -> None:
+        """Take up the masters, moments and average of a state, whichever ranks wrote it.
+
+        Raises:
+            ValueError: it holds others than these.
+        """
+        masters_P = self.masters.flat()
+        pieces = self._pieces(masters_P)
+        if pieces.keys() != state.names():
+            odd = sorted(pieces.keys() ^ state.names())
+            raise ValueError(f"{state.path} and this run differ in {', '.join(odd[:5])}")
+        for name, (rows, start, _) in pieces.items():
+            if len(rows):
+                rows.copy_(state.read(name, start, start + len(rows)))
+        self.masters.set_flat(masters_P)
+        self.updates = state.facts["updates"]
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Let the masters be their average for a while, where one is kept."""
@@ -97,6 +134,13 @@ class Optimizer:
             self.masters.set_flat(own_P)
 
 
+class OutOfRoom(Exception):
+    """A pack did not fit into the memory of so many ranks; all of them raise this."""
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(f"a pack did not fit into the memory of {num_ranks} ranks")
+
+
 class StepResult(NamedTuple):
     loss: float
     """Mean negative log-likelihood of the step's supervised tokens, in nats."""
@@ -108,7 +152,7 @@ class StepResult(NamedTuple):
 
 def add_gradient(
     model: Llama, adapters: Adapters | None, batch: Batch, scale: float, dropout_seed: int = 0
-) -> float:
+) -> Tensor:
     """Add one pack's gradient to the flat buffer.
 
     Args:
@@ -119,17 +163,17 @@ def add_gradient(
         dropout_seed: key of the masks.
 
     Returns:
-        The pack's share of the step's loss.
+        The pack's share of the step's loss, a scalar on the device; who reads it waits for it.
     """
     pack, dropout = batch.pack, None
     if adapters is not None and adapters.settings.dropout:
-        p = adapters.settings.dropout
-        dropout = Dropout(p, dropout_seed, pack.positions_T, batch.draws_T)
+        p, own = adapters.settings.dropout, adapters.settings.dropout_per_module
+        dropout = Dropout(p, dropout_seed, pack.positions_T, batch.draws_T, own)
     attend = model.packed_attention(pack.documents)
     h_TD = model(pack.ids_T, pack.positions_T, attend, adapters, dropout)
     loss = linear_cross_entropy(h_TD, model.head_VD, batch.rows_S, batch.labels_S, scale)
     loss.backward()
-    return float(loss.detach())
+    return loss.detach()
 
 
 def train_step(
@@ -141,6 +185,7 @@ def train_step(
     dropout_seed: int = 0,
     ranks: Ranks = ALONE,
     flags: Callable[[], Sequence[float]] = tuple,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Run one optimizer step over its packs; every rank calls it, also one without a pack.
 
@@ -155,21 +200,40 @@ def train_step(
         dropout_seed: key of the masks.
         ranks: who takes part.
         flags: gives, after the packs, numbers that travel with the loss: 1 for a request to stop.
+        meanwhile: called once all work is given to the device and before the host waits for it.
 
     Returns:
         The whole step's loss and norm, equal on all ranks.
+
+    Raises:
+        OutOfRoom: on all ranks, when a pack did not fit into the memory of one; nothing changed.
     """
-    scale, own_loss = 1 / max(1, supervised_tokens), 0.0
+    scale, full = 1 / max(1, supervised_tokens), False
     masters = optimizer.masters
-    for batch, is_last in _last_marked(batches):
-        masters.before_pack(is_last)
-        own_loss += add_gradient(model, masters.adapters, batch, scale, dropout_seed)
-    loss, *told = ranks.total([own_loss, *flags()])
+    own_loss = torch.zeros((), dtype=torch.float64, device=masters.grad_P.device)
+    try:
+        for batch, is_last in _last_marked(batches):
+            masters.before_pack(is_last)
+            own_loss += add_gradient(model, masters.adapters, batch, scale, dropout_seed)
+    except torch.OutOfMemoryError:
+        masters.check_recovers()
+        # the others are on their way to the sum below, which must hear of it
+        full = True
+    told = torch.tensor([full, *flags()], dtype=torch.float64)
+    sums = torch.cat([own_loss.view(1), told.to(own_loss.device, non_blocking=True)])
+    ranks.sum_(sums)
     masters.sum_gradient(ranks)
-    if not math.isfinite(loss):
+    sums = torch.cat([sums, masters.gradient_norm().view(1)])
+    meanwhile()
+    # the one place in a step where the host waits for the device
+    loss, num_full, *answers, norm = sums.tolist()
+    if num_full or not math.isfinite(loss):
         masters.grad_P.zero_()
-        return StepResult(loss, math.nan, tuple(told))
-    return StepResult(loss, optimizer.step(lr), tuple(told))
+    if num_full:
+        raise OutOfRoom(int(num_full))
+    if not math.isfinite(loss):
+        return StepResult(loss, math.nan, tuple(answers))
+    return StepResult(loss, optimizer.step(lr, norm), tuple(answers))
 
 
 def _last_marked(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
@@ -183,9 +247,10 @@ def _last_marked(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         yield before, True
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def summed_loss(model: Llama, adapters: Adapters | None, batch: Batch) -> float:
     """Sum of a pack's token losses, without gradient."""
+    # not inference_mode: FSDP keeps what it gathers here for passes with a gradient
     attend = model.packed_attention(batch.pack.documents)
     h_TD = model(batch.pack.ids_T, batch.pack.positions_T, attend, adapters)
     return float(linear_cross_entropy(h_TD, model.head_VD, batch.rows_S, batch.labels_S))

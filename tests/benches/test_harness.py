@@ -104,7 +104,7 @@ def test_documents_and_packs(lengths: list[int], pack_tokens: int) -> None:
     tokens = random_documents(SHAPES["tiny"], lengths)
     assert tokens.lengths.tolist() == lengths
     assert tokens.supervised.tolist() == [n // 2 for n in lengths]
-    assert int(tokens.tokens.max()) < SHAPES["tiny"].vocab_size
+    assert int(tokens.arrays[0].max()) < SHAPES["tiny"].vocab_size
     batches = make_batches(tokens, pack_tokens, CPU)
     spans = [b - a for batch in batches for a, b in batch.pack.documents.spans()]
     assert spans == lengths

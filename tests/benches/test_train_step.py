@@ -110,7 +110,7 @@ def test_right_gradients_pass(dtype: torch.dtype) -> None:
 def test_wrong_gradients_stop_the_bench(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[torch.Tensor], Any]
 ) -> None:
-    def faulty(model: Any, adapters: Any, *rest: Any) -> float:
+    def faulty(model: Any, adapters: Any, *rest: Any) -> torch.Tensor:
         loss = add_gradient(model, adapters, *rest)
         fault(adapters.grad_P)
         return loss
@@ -134,7 +134,7 @@ def test_the_variants_see_one_loss(step: Step) -> None:
     """B is zero at the start, so the adapters change nothing yet."""
     eager = EagerLora(step.model, step.adapters)
     eager_loss = sum(float(eager(batch, step.scale).detach()) for batch in step.batches)
-    ours = sum(add_gradient(step.model, step.adapters, b, step.scale) for b in step.batches)
+    ours = sum(float(add_gradient(step.model, step.adapters, b, step.scale)) for b in step.batches)
     assert frozen_pass(step) == pytest.approx(ours, rel=1e-5)
     assert eager_loss == pytest.approx(ours, rel=1e-5)
 

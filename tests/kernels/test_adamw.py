@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from bioinstruct.kernels import adamw
 from bioinstruct.kernels.adamw import adamw_, clip_factor, global_norm
 
 
@@ -34,4 +35,14 @@ def test_clipping_scales_to_the_limit() -> None:
 def test_the_norm_shows_what_is_not_finite(bad: float) -> None:
     grad = torch.ones(1000)
     grad[500] = bad
-    assert not math.isfinite(global_norm(grad))
+    assert not global_norm(grad).isfinite()
+
+
+def test_the_norm_of_pieces_is_the_norm_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_P = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole = float(adamw.wide_norm(x_P))
+    monkeypatch.setattr(adamw, "NORM_PIECE", 64)
+    assert float(adamw.wide_norm(x_P)) == pytest.approx(whole, rel=1e-14)
+    for bad in (torch.inf, torch.nan):
+        x_P[77] = bad
+        assert not torch.isfinite(adamw.wide_norm(x_P))

@@ -312,7 +312,6 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--resume"], "--resume is not supported by this version"),
         (["nowhere.toml"], "there is no recipe nowhere.toml"),
         (["--sett", "a=1"], "No such option"),
     ],
@@ -329,9 +328,10 @@ def test_a_loss_that_is_not_finite_names_the_records(
     from bioinstruct.train.step import StepResult
 
     monkeypatch.setattr(
-        "bioinstruct.train.loop.train_step", lambda *a: StepResult(float("nan"), 1.0)
+        "bioinstruct.train.trainer.train_step", lambda *a: StepResult(float("nan"), 1.0)
     )
-    with pytest.raises(ValueError, match=r"step 1 is not a finite number; .*sample_32.json:\d+"):
+    sentence = r"the last 3 steps is not a finite number .*sample_32.json:\d+"
+    with pytest.raises(ValueError, match=sentence):
         call(settings)
 
 
@@ -379,6 +379,7 @@ def test_a_signal_saves_the_adapter_and_exits_with_3(
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert "the adapter so far is in" in err.splitlines()[-1]
+    assert f"continue with: python {MAIN} {tmp_path}/out/run.toml --resume" in err
     assert "Traceback" not in err
     assert load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert (tmp_path / "out" / "loss.svg").is_file()
@@ -387,15 +388,15 @@ def test_a_signal_saves_the_adapter_and_exits_with_3(
 def test_stopped_is_raised_between_steps(
     settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bioinstruct.train import loop
+    from bioinstruct.train import trainer
 
-    take = loop.train_step
+    take = trainer.train_step
 
     def interrupted(*arguments: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
         return take(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "train_step", interrupted)
+    monkeypatch.setattr(trainer, "train_step", interrupted)
     with pytest.raises(Stopped, match="stopped after step 1 of 4"):
         call(settings)
     assert len(rows(tmp_path / "out" / "metrics.jsonl")) == 1

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bioinstruct.train.demo import RECIPE, resolve
-from bioinstruct.train.run import Run, keys, read_run, to_toml
+from bioinstruct.train.run import MixFile, Run, keys, read_run, to_toml
 
 
 def test_flags_beat_the_recipe_and_the_recipe_beats_defaults(tmp_path: Path) -> None:
@@ -49,6 +49,7 @@ def test_flags_beat_the_recipe_and_the_recipe_beats_defaults(tmp_path: Path) -> 
         ("lora.r=257", "allowed are 1 to 256"),
         ("lora.alpha=0", "must be a positive number"),
         ("lora.dropout=1", "below 1"),
+        ("lora.dropout_per_module=true", "has no effect without lora.dropout"),
         ("lora.targets=[]", "lora.targets is empty"),
         ("lora.plus_ratio=0.5", "lora.plus_ratio = 0.5 must be a number of 1 or more"),
         ("lora.layers=[true]", "lora.layers = .* must be a list of whole numbers"),
@@ -148,3 +149,55 @@ def test_keys_of_the_contract_are_there() -> None:
         "lora.targets shard attention device out"
     )
     assert set(promised.split()) <= set(keys())
+
+
+MIX = """
+[[data.mix]]
+path = "a.jsonl"
+weight = 2
+[[data.mix]]
+path = "b.json"
+cap = 100
+categories = ["QA"]
+"""
+
+
+def test_mix_is_an_array_of_tables(tmp_path: Path) -> None:
+    recipe = tmp_path / "mixed.toml"
+    recipe.write_text(MIX)
+    run = read_run(recipe, ["data.samples=5", "data.seed=3"])
+    one = MixFile(path="a.jsonl", weight=2.0)
+    assert run.data.mix == (one, MixFile(path="b.json", cap=100, categories=("QA",)))
+    assert (run.data.samples, run.data.seed) == (5, 3)
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(run, {}))
+    assert read_run(again, []) == run
+    flag = read_run(recipe, ['data.mix=[{path = "c.json", weight = 0.5}]'])
+    assert flag.data.mix == (MixFile(path="c.json", weight=0.5),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "weigth = 2",
+            r"unknown key data.mix\[1\].weigth; known keys are path, weight, cap",
+        ),
+        ('path = "a"\nweight = 0', "data.mix of a: weight = 0.0 must be a number above 0"),
+        ('path = "a"\nweight = inf', "data.mix of a: weight = inf must be a number above 0"),
+        ('path = "a"\ncap = 0', "data.mix of a: cap = 0 must be greater than 0"),
+        ('path = "a"\ncap = 1.5', r"data.mix\[1\].cap = 1.5 must be a whole number"),
+        ("weight = 2", r"mixed.toml: data.mix\[1\].path is missing"),
+        ('path = ""', "data.mix: path is empty"),
+    ],
+)
+def test_bad_mixes(tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "mixed.toml"
+    recipe.write_text(f"[[data.mix]]\n{text}\n")
+    with pytest.raises(ValueError, match=message):
+        read_run(recipe, [])
+
+
+def test_a_mix_that_is_no_table() -> None:
+    with pytest.raises(ValueError, match=r"^--set: data.mix\[1\] must be a table, not 'a.json'"):
+        read_run(None, ["data.mix=a.json"])

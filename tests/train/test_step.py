@@ -1,11 +1,13 @@
 """Laws of a training step, in float32 on a real small model: packing, micro-batches, masters."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bioinstruct.model import Llm
 from bioinstruct.model.adapters import TARGETS, Adapters, LoraSettings
@@ -21,9 +23,9 @@ LENGTHS = (23, 8, 40, 5, 17, 31, 9)
 def samples() -> TokenSet:
     rng = np.random.default_rng(0)
     sizes = [n + 1 for n in LENGTHS]
-    return TokenSet(
+    return TokenSet.laid(
         rng.integers(3, 512, sum(sizes)).astype(np.uint32),
-        np.cumsum([0, *sizes]),
+        sizes,
         np.array([max(1, n // 2) for n in LENGTHS]),
         [f"here:{i}" for i in range(len(LENGTHS))],
     )
@@ -54,7 +56,7 @@ def gradient(
     trained = adapters(model, dropout)
     scale = 1 / int(samples.supervised.sum())
     loss = sum(
-        add_gradient(model, trained, collate(samples, pack, DRAWS), scale, dropout_seed=3)
+        float(add_gradient(model, trained, collate(samples, pack, DRAWS), scale, dropout_seed=3))
         for pack in split
     )
     return trained.grad_P.clone(), loss
@@ -260,3 +262,40 @@ def test_without_an_average_nothing_is_kept(stories: Llm) -> None:
     with optimizer.averaged():
         assert torch.equal(trained.flat_P, own_P)
     assert optimizer.average_P is None
+
+
+class _Reads(TorchDispatchMode):
+    """Counts operations whose result the host must have before it can go on."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_nothing_is_read_from_the_device_before_the_end_of_a_step(
+    stories: Llm, samples: TokenSet, dropout: float
+) -> None:
+    """The step's numbers are read together, by one tolist, after all its work was given out."""
+    trained = adapters(stories.model, dropout=dropout)
+    batches = [collate(samples, pack, DRAWS) for pack in SPLITS[2]]
+    reads, optimizer, seen = _Reads(), Optimizer(trained), []
+    with reads:
+        train_step(
+            stories.model,
+            optimizer,
+            batches,
+            50,
+            1e-3,
+            meanwhile=lambda: seen.append(len(reads.found)),
+        )
+    assert seen == [0]
+    assert reads.found == []

@@ -1,15 +1,13 @@
-"""Records to samples: the supervised part, the limits, the cache."""
+"""Records to samples: the supervised part, the limits, parts and unions of them."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from bioinstruct.model import Llm
 from bioinstruct.model.templates import TEMPLATES, get_template
 from bioinstruct.synth.records import Record, Turn
-from bioinstruct.train.tokens import Limits, TokenSet, encode_records, load_tokens
+from bioinstruct.train.tokens import Limits, TokenSet, encode_records
 
 LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
@@ -117,63 +115,43 @@ def test_lacking_bytes_are_reported(smollm2: Path) -> None:
     assert "f.jsonl:7" in notes[0]
 
 
-@pytest.fixture
-def records_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "records.jsonl"
-    rows = [{"instruction": f"Say {i}", "input": "", "output": f"word {i}"} for i in range(9)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def load(stories: Llm, path: Path, name: str = "bioinstruct", limits: Limits = LIMITS) -> TokenSet:
-    template = get_template(name, stories.tokenizer)
-    return load_tokens([path], template, stories.tokenizer, limits)
-
-
-def test_the_cache_gives_the_same_tokens(
-    stories: Llm, records_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = load(stories, records_file)
-    monkeypatch.setattr("bioinstruct.train.tokens.read_records", lambda path: 1 / 0)
-    again = load(stories, records_file)
-    for name in ("tokens", "offsets", "prompts"):
-        assert np.array_equal(getattr(first, name), getattr(again, name))
-    assert again.places == first.places
-    assert isinstance(again.tokens, np.memmap)
-
-
-def test_the_cache_sees_changed_bytes_template_and_limits(
-    stories: Llm, records_file: Path, tmp_path: Path
-) -> None:
-    load(stories, records_file)
-    load(stories, records_file, name="medtuned")
-    load(stories, records_file, limits=Limits(399, "error", "error"))
-    records_file.write_text(records_file.read_text().replace("word 3", "word 33"))
-    changed = load(stories, records_file)
-    assert "33" in stories.tokenizer.decode(changed.sample(3)[0].tolist())
-    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 4
-
-
-def test_what_was_reported_is_reported_again_from_the_cache(
-    stories: Llm, records_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records_file.write_text('{"instruction": "a", "input": "", "output": ""}\n' * 2 + "{}\n" * 0)
-    records_file.write_text(
-        records_file.read_text() + '{"instruction": "a", "input": "", "output": "b"}\n'
-    )
-    for _ in range(2):
-        load(stories, records_file, limits=Limits(400, "drop", "error"))
-        assert "2 records with an empty output" in capsys.readouterr().err
-
-
-def test_subsets_keep_samples_whole(stories: Llm, records_file: Path) -> None:
-    tokens = load(stories, records_file)
-    part = tokens.subset([4, 0])
+def test_subsets_keep_samples_whole(stories: Llm) -> None:
+    rows = [
+        Record(f"Say {i}", "", f"word {i}", {"category": "ab"[i % 2]}, "f", i) for i in range(9)
+    ]
+    tokens, _ = encode(stories, *rows)
+    part = tokens.subset([4, 0, 4])
     assert part.sample(0)[0].tolist() == tokens.sample(4)[0].tolist()
     assert part.sample(1)[1] == tokens.sample(0)[1]
-    assert part.places == [tokens.places[4], tokens.places[0]]
+    assert part.places == [tokens.places[i] for i in (4, 0, 4)]
+    assert [part.categories.names[i] for i in part.categories.ids] == ["a", "a", "a"]
     assert len(tokens.subset([])) == 0
+
+
+def test_records_on_one_line_are_told_apart(stories: Llm) -> None:
+    tokens, _ = encode(stories, record("a", "", "x"), record("b", "", "y"), record("c", "", "z", 2))
+    one = "f.jsonl:1 (record 1)", "f.jsonl:1 (record 2)", "f.jsonl:2"
+    assert tokens.places == list(one)
+    assert tokens.records.tolist() == [0, 1, 2]
+
+
+def test_joined_sets_keep_samples_and_labels(stories: Llm) -> None:
+    def one(i: int, source: str | None) -> Record:
+        extra: dict[str, object] = {"category": f"c{i % 2}"} | (
+            {"source": source} if source else {}
+        )
+        return Record(f"Say {i}", "", f"word {i}", extra, f"file{i}", 1)
+
+    sets = [
+        encode(stories, one(0, "x"), one(1, None))[0],
+        encode(stories, one(2, None), one(3, "x"))[0],
+    ]
+    both = TokenSet.joined(sets)
+    for i in range(4):
+        assert both.sample(i)[0].tolist() == sets[i // 2].sample(i % 2)[0].tolist()
+    assert [both.sources.names[i] for i in both.sources.ids] == ["x", "file1", "file2", "x"]
+    assert [both.categories.names[i] for i in both.categories.ids] == ["c0", "c1", "c0", "c1"]
+    assert len(set(both.sources.names)) == len(both.sources.names)
 
 
 CHAT = Record(
