@@ -36,7 +36,7 @@ def test_flags_beat_the_recipe_and_the_recipe_beats_defaults(tmp_path: Path) -> 
         ("train.lr=nan", "train.lr = nan must be greater than 0"),
         ("train.seed=-1", "train.seed = -1 must be 0 or more"),
         ("train.schedule=cosin", "did you mean cosine"),
-        ("train.method=full", "allowed are lora"),
+        ("train.method=ful", "did you mean full"),
         ("train.clip=-0.5", "must be 0 or more"),
         ("model.dtype=bf16", "model.dtype = 'bf16' is unknown"),
         ("model.path=[1]", r"model.path = \[1\] must be a string"),
