@@ -13,6 +13,7 @@ compilers and kernels to, for the version of Triton that ran; tests/kernels/with
 with another one.
 """
 
+import itertools
 import json
 import os
 import re
@@ -42,9 +43,13 @@ from bioinstruct.kernels import (  # noqa: E402
     split_rope,
     swiglu,
 )
-from bioinstruct.kernels.adamw import adamw_, global_norm  # noqa: E402
+from bioinstruct.kernels.adamw import adamw_, clip_factor_tensor, global_norm  # noqa: E402
+from bioinstruct.kernels.augmented import Augmented, Use  # noqa: E402
 from bioinstruct.kernels.dispatch import HAS_TRITON, Launch, recorded  # noqa: E402
 from bioinstruct.kernels.gemm_lora import gemm_lora  # noqa: E402
+from bioinstruct.kernels.lora import group_of  # noqa: E402
+from bioinstruct.kernels.mirror import Mirror, Place  # noqa: E402
+from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_mlp  # noqa: E402
 from bioinstruct.synth import console  # noqa: E402
 from bioinstruct.synth.files import write_text  # noqa: E402
 
@@ -98,6 +103,37 @@ def _run_lora(R: int, p: float) -> None:
     y.sum().backward()
 
 
+def _run_halves(shape: Shape, R: int, p: float) -> None:
+    """Both halves of a layer over augmented buffers, all projections adapted, or only q and down.
+
+    On the meta device: nothing is computed, and the products' memory is not there.
+    """
+    with torch.device("meta"):
+        T, D, E, H = TOKENS, shape.D, 128, shape.D // 128
+        zeros = torch.zeros(T, dtype=torch.int64)
+        dropout = Dropout(p, 2**32 - 1, zeros, zeros) if p else None
+        table = Rotation(torch.zeros(T, E // 2), torch.zeros(T, E // 2))
+        for every in (True, False):
+            qkv = _use(D, (D, D, D) if every else (D,), 3 * D, R, dropout)
+            gate_up = _use(D, (shape.F, shape.F) if every else (), 2 * shape.F, R, dropout)
+            down = _use(shape.F, (D,), D, R, dropout)
+            norm = Norm(_leaf(D).detach(), 1e-5, 8 * (R // 8))
+            x_TD, heads = norm_heads(_leaf(T, D), _leaf(T, D), norm, qkv, table, H)
+            h_TD, y_TD = norm_mlp(x_TD, heads.q_THE.reshape(T, D), norm, gate_up, down)
+            (h_TD + y_TD + sum(part.reshape(T, D) for part in heads)).sum().backward()
+
+
+def _use(K: int, rows: tuple[int, ...], N: int, R: int, dropout: Dropout | None) -> Use:
+    starts = itertools.accumulate((0, *rows[:-1]))
+    leaves = [(_leaf(R, K, dtype=torch.float32), _leaf(n, R, dtype=torch.float32)) for n in rows]
+    branches = [
+        Branch(a, b, start, number=i)
+        for i, ((a, b), start) in enumerate(zip(leaves, starts, strict=False))
+    ]
+    buffer = Augmented(_leaf(N, K).detach(), branches)
+    return Use(buffer, group_of(branches, 2.0, dropout, 3, fused=True))
+
+
 def _run_rest() -> None:
     table = Rotation(*(torch.zeros(TOKENS, 64) for _ in range(2)))
     for heads in (4, 2):
@@ -107,7 +143,9 @@ def _run_rest() -> None:
     p, g, m, v = torch.zeros(4, 4096)
     for plus in (None, torch.zeros(4096, dtype=torch.bool)):
         adamw_(p, g, m, v, lr=1e-4, step=1, plus_P=plus, plus_ratio=16.0)
+    adamw_(p, g, m, v, lr=1e-4, step=1, grad_factor=clip_factor_tensor(p[0], 1.0))
     global_norm(g)
+    Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)]).refresh(p)
 
 
 def _run_gemm_lora(R: int, p: float) -> None:
@@ -124,11 +162,12 @@ def launches() -> list[Launch]:
     with recorded() as calls:
         for shape in SHAPES:
             _run_width(shape)
-        for R in RANKS:
-            for p in (0.0, 0.1):
-                _run_lora(R, p)
-                if R in (16, 64):
-                    _run_gemm_lora(R, p)
+        for R, p in itertools.product(RANKS, (0.0, 0.1)):
+            _run_lora(R, p)
+            if R in (16, 64):
+                _run_gemm_lora(R, p)
+            for shape in SHAPES:
+                _run_halves(shape, R, p)
         _run_rest()
     # numbers differ from launch to launch, what is compiled does not
     return list({name_of(call): call for call in calls}.values())

@@ -26,8 +26,9 @@ from bioinstruct.benches.budget import check, normal
 from bioinstruct.benches.graph_split import graph_split
 from bioinstruct.benches.kernel_bench import Bench, Call, Shape, Work, main
 from bioinstruct.kernels import Branch, Dropout, dispatch, lora_linear
-from bioinstruct.kernels.augmented import Augmented, augmented_linear, with_room
+from bioinstruct.kernels.augmented import Augmented, augmented_linear
 from bioinstruct.kernels.lora import lora_linear_reference
+from bioinstruct.kernels.rows import with_room
 from bioinstruct.kernels.skinny import row_split
 
 LINEARS = {
@@ -184,7 +185,9 @@ def check_linear(shape: Shape, dtype: torch.dtype, device: torch.device) -> floa
 def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
     """Those of the module's docstring."""
     given = _Inputs(shape, dtype, device)
-    narrow = [Branch(a.detach().to(dtype), b.detach().to(dtype), s) for a, b, s in given.branches]
+    narrow = [
+        Branch(a.detach().to(dtype), b.detach().to(dtype), s) for a, b, s, *_ in given.branches
+    ]
     for branch in narrow:
         branch.a_RK.requires_grad_()
         branch.b_NR.requires_grad_()
@@ -234,7 +237,7 @@ def eager_in_float32(
     wide = x_TK.float()
     if dropout is not None:
         wide = wide * dropout.mask(site, x_TK.shape[1], torch.float32)
-    updates = [scale * ((wide @ a_RK.T) @ b_NR.T) for a_RK, b_NR, _ in branches]
+    updates = [scale * ((wide @ a_RK.T) @ b_NR.T) for a_RK, b_NR, *_ in branches]
     return (torch.mm(x_TK, w_NK.T) + torch.cat(updates, 1)).to(x_TK.dtype)
 
 

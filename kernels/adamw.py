@@ -15,12 +15,16 @@ Numerics float32. The norm's squares are summed in float64 in torch; the kernel'
 Bound    Memory: the norm reads 4*P bytes; the update reads 16*P and writes 12*P.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, tl, uses_triton
 
 BLOCK_P = 1024
+CHUNK_P = 1 << 16
+"""Numbers that torch's operations update at a time on a CPU: 1 MB of masters and moments."""
 NORM_PARTS = 1024
 """Programs of the norm, so that the order of the sum depends on nothing but P."""
 NORM_PIECE = 1 << 24
@@ -42,11 +46,16 @@ def _square_sums(g_ptr, sums_ptr, P, BLOCK: tl.constexpr):
 
 @jit
 def _adamw(
-    p_ptr, g_ptr, m_ptr, v_ptr, plus_ptr, P, lr, plus_ratio, decay, clip, b1, rest1, b2, rest2,
-    unbias1, unbias2, eps, PLUS: tl.constexpr, BLOCK: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, v_ptr, plus_ptr, clip_ptr, P, lr, plus_ratio, decay, clip,
+    b1, rest1, b2, rest2, unbias1, unbias2, eps,
+    PLUS: tl.constexpr, LATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < P
+    if LATE:
+        clip = tl.load(clip_ptr)
+        # of a bad gradient, NaN: nothing is written
+        mask = mask & (clip + 0.0 * i == clip)
     p = tl.load(p_ptr + i, mask=mask, other=0.0)
     g = tl.load(g_ptr + i, mask=mask, other=0.0) * clip
     m = b1 * tl.load(m_ptr + i, mask=mask, other=0.0) + rest1 * g
@@ -74,7 +83,7 @@ def adamw_(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    grad_factor: float = 1.0,
+    grad_factor: float | Tensor = 1.0,
     plus_P: Tensor | None = None,
     plus_ratio: float = 1.0,
 ) -> None:
@@ -90,7 +99,8 @@ def adamw_(
         betas: decay of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, in units of the learning rate.
-        grad_factor: what clipping multiplies the gradient by.
+        grad_factor: what clipping multiplies the gradient by; as a tensor (clip_factor_tensor) it
+            is not waited for, and where it is NaN nothing changes.
         plus_P: (P,) bool, the elements whose learning rate is lr times plus_ratio; None for none.
         plus_ratio: LoRA+'s ratio of the two rates.
     """
@@ -100,10 +110,24 @@ def adamw_(
         P = p_P.numel()
         launch(
             _adamw, (cdiv(P, BLOCK_P),),
-            p_P, g_P, m_P, v_P, p_P if plus_P is None else plus_P.view(torch.uint8), P,
-            lr, plus_ratio, weight_decay, grad_factor, b1, 1 - b1, b2, 1 - b2,
-            unbias1, unbias2, eps, PLUS=plus_P is not None, BLOCK=BLOCK_P, num_warps=4,
+            p_P, g_P, m_P, v_P, p_P if plus_P is None else plus_P.view(torch.uint8),
+            p_P if isinstance(grad_factor, float) else grad_factor, P, lr, plus_ratio, weight_decay,
+            grad_factor if isinstance(grad_factor, float) else 1.0, b1, 1 - b1, b2, 1 - b2,
+            unbias1, unbias2, eps, PLUS=plus_P is not None, LATE=isinstance(grad_factor, Tensor),
+            BLOCK=BLOCK_P, num_warps=4,
         )  # fmt: skip
+        # torch does not see what a kernel writes, and copies of the masters are made by version
+        torch.autograd.graph.increment_version(p_P)
+        return
+    grad_factor = float(grad_factor)
+    if math.isnan(grad_factor):
+        return
+    if plus_P is None and p_P.numel() > CHUNK_P and not p_P.is_cuda:
+        # all passes over a chunk while it is in cache
+        rest = {"lr": lr, "step": step, "betas": betas, "eps": eps}
+        rest |= {"weight_decay": weight_decay, "grad_factor": grad_factor}
+        for parts in zip(*(x.split(CHUNK_P) for x in (p_P, g_P, m_P, v_P)), strict=True):
+            adamw_(*parts, **rest)  # type: ignore[arg-type]
         return
     if grad_factor != 1.0:
         g_P.mul_(grad_factor)
@@ -122,6 +146,16 @@ def adamw_(
 def clip_factor(grad_norm: float, max_norm: float) -> float:
     """Return the factor that brings a gradient of this norm down to max_norm; 0 is no limit."""
     return max_norm / grad_norm if max_norm and grad_norm > max_norm else 1.0
+
+
+def clip_factor_tensor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return clip_factor of a norm that is still on its way, float32; NaN where it is not finite.
+
+    So a bad step is skipped on the device. Whoever wants to know of it reads the norm later, and
+    then counts that update as not made.
+    """
+    factor = (max_norm / norm).clamp(max=1.0) if max_norm else torch.ones_like(norm)
+    return factor.masked_fill(~norm.isfinite(), math.nan).float()
 
 
 def global_norm(g_P: Tensor) -> Tensor:

@@ -6,9 +6,9 @@
     dx = dy W + m*(ds A)                                    with a mask m, as in lora.py
 
 The branch costs R more columns of a product that runs anyway, instead of passes over y and dx. It
-needs x and t side by side: whoever makes x leaves room behind each row (`with_room`), and t is
-written there; likewise ds behind dy. An x or dy without room is used as it is, and the branch is
-then added in place.
+needs x and t side by side: whoever makes x leaves room behind each row (rows.py), and t is written
+there; likewise ds behind dy. An x or dy without room is used as it is, and the branch is then added
+in place.
 
 The masters A and B stay float32; `Augmented.refresh` rounds them into We after each change. R is
 the sum of the branches' ranks, rounded up to a multiple of 8 with zeros, so that rows stay aligned.
@@ -17,27 +17,33 @@ R <= MAX_RANKS; wider ones cost more columns than the passes they save.
 
 Shapes   T = packed tokens, K = input and N = output features of the group, R = padded ranks.
 Numerics One float32 accumulator for the frozen and the LoRA term, one rounding of y.
-Saved    x_TK and t_TR (in x's room, or apart).
+Saved    x_TK and t_TR, compactly: a part of x's buffer would keep all of it.
 Bound    FLOPs: 2*T*(N*K + R*N) forward, 2*T*(N*K + R*K) backward, and the passes of skinny.py.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bioinstruct.kernels import skinny
 from bioinstruct.kernels.dispatch import cdiv, uses_triton
 from bioinstruct.kernels.dropout import Dropout
 from bioinstruct.kernels.lora import (
     Branch,
     Group,
-    branch_gradients,
+    Part,
+    down_backward,
+    group_of,
     input_gradient,
     lora_linear,
-    with_dense_rows,
+    parts_of,
+    up_backward,
     write_t,
 )
+from bioinstruct.kernels.rows import extended, with_dense_rows
+from bioinstruct.kernels.skinny import Mask
 
 MAX_RANKS = 192
 
@@ -46,22 +52,24 @@ class Augmented:
     """The buffer of one frozen weight, or of a group of projections, and its branches.
 
     Args:
-        w_NK: (N, K) frozen weight; it is copied.
+        w_NK: (N, K) frozen weight; it is copied unless there is no branch.
         branches: adapters in the order of their rows; they are copied by `refresh`.
 
     Raises:
-        ValueError: no branch, or more ranks than MAX_RANKS.
+        ValueError: more ranks than MAX_RANKS.
     """
 
     def __init__(self, w_NK: Tensor, branches: Sequence[Branch]) -> None:
         ranks = sum(len(branch.a_RK) for branch in branches)
-        if not 1 <= ranks <= MAX_RANKS:
-            raise ValueError(f"an augmented buffer takes 1 to {MAX_RANKS} ranks, got {ranks}")
+        if ranks > MAX_RANKS:
+            raise ValueError(f"an augmented buffer takes {MAX_RANKS} ranks at most, got {ranks}")
         self.branches, self.ranks, self.room = tuple(branches), ranks, 8 * cdiv(ranks, 8)
         self.N, self.K = w_NK.shape
-        self.we = w_NK.new_zeros(self.N + self.room, self.K + self.room)
-        self.we[: self.N, : self.K] = w_NK
-        self.refresh()
+        self.we = w_NK
+        if ranks:
+            self.we = w_NK.new_zeros(self.N + self.room, self.K + self.room)
+            self.we[: self.N, : self.K] = w_NK
+            self.refresh()
 
     @property
     def w_NK(self) -> Tensor:
@@ -73,72 +81,144 @@ class Augmented:
         """The stacked A, padded, a view."""
         return self.we[self.N :, : self.K]
 
+    @property
+    def masters(self) -> list[Tensor]:
+        """A and B of every branch, in turn."""
+        return [m for branch in self.branches for m in (branch.a_RK, branch.b_NR)]
+
+    def places(self) -> list[tuple[Tensor, Tensor, float]]:
+        """Each master, the view of the buffer that holds its copy, and the copy's factor."""
+        found, rank = [], self.N
+        for a_RK, b_NR, start, factor, _ in self.branches:
+            end = rank + len(a_RK)
+            columns = slice(rank - self.N + self.K, end - self.N + self.K)
+            found += [
+                (a_RK, self.we[rank:end, : self.K], 1.0),
+                (b_NR, self.we[start : start + len(b_NR), columns], factor),
+            ]
+            rank = end
+        return found
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the masters into the buffer; to be called whenever they changed."""
-        rank = 0
-        for a_RK, b_NR, start in self.branches:
-            end = rank + len(a_RK)
-            self.we[self.N + rank : self.N + end, : self.K] = a_RK
-            self.we[start : start + len(b_NR), self.K + rank : self.K + end] = b_NR
-            rank = end
+        for master, place, factor in self.places():
+            torch.mul(master, factor, out=place) if factor != 1 else place.copy_(master)
 
 
-def with_room(like: Tensor, shape: Sequence[int], room: int) -> Tensor:
-    """An unwritten (T, K) tensor of like's dtype and device, with room behind each row."""
-    T, K = shape
-    return like.new_empty(T, K + room)[:, :K]
+class Use(NamedTuple):
+    """One pack's use of an augmented buffer."""
+
+    buffer: Augmented
+    group: Group
+
+    @property
+    def parts(self) -> list[Part]:
+        """Of the branches."""
+        return parts_of(self.group, self.buffer.masters)
+
+    @property
+    def mask(self) -> Mask:
+        """Of all branches, where they share one."""
+        return Mask(self.group.scale, self.group.dropout, self.group.sites[0])
+
+    def fuses(self, most: int = skinny.MAX_RANK) -> bool:
+        """Whether neighbouring kernels may take the branches along: few ranks, and one mask."""
+        return 0 < self.buffer.room <= most and len(set(self.group.sites)) == 1
+
+    def product(self, x_TK: Tensor, bias_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return y, and t for the backward pass; t is also written into the room behind x."""
+        t_TR = x_TK.new_empty(len(x_TK), self.buffer.room)
+        if self.buffer.ranks:
+            write_t(t_TR, x_TK, self.buffer.a_RK, self.group, self.parts)
+            if (x_ext := extended(x_TK, self.buffer.room)) is not None:
+                x_ext[:, self.buffer.K :] = t_TR
+        return self.applied(x_TK, t_TR, bias_N), t_TR
+
+    def applied(self, x_TK: Tensor, t_TR: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """Return y, where t is known, and stands in the room behind x if there is some."""
+        buffer = self.buffer
+        if not buffer.ranks:
+            return _linear(x_TK, buffer.we, bias_N)
+        x_ext = extended(x_TK, buffer.room)
+        if x_ext is not None:
+            return _linear(x_ext, buffer.we[: buffer.N], bias_N)
+        return _linear(x_TK, buffer.w_NK, bias_N).addmm_(t_TR, buffer.we[: buffer.N, buffer.K :].T)
+
+    def room_for_ds(self, dy_TN: Tensor) -> Tensor:
+        """The room behind dy, or memory of its own, for the padded ds."""
+        buffer = self.buffer
+        dy_ext = extended(dy_TN, buffer.room)
+        ds_TR = dy_TN.new_empty(len(dy_TN), buffer.room)
+        if dy_ext is not None:
+            ds_TR = dy_ext[:, buffer.N :]
+        # the padding meets zeros of We, and zero times whatever lies there need not be zero
+        ds_TR[:, buffer.ranks :] = 0
+        return ds_TR
+
+    def gradients_of_b(self, dy_TN: Tensor, t_TR: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return ds, written into the room behind dy where there is some, and dB of each branch."""
+        ds_TR = self.room_for_ds(dy_TN)
+        return ds_TR, up_backward(dy_TN, t_TR, ds_TR, self.group, self.parts)
+
+    def gradients_of_a(self, source: skinny.Source, ds_TR: Tensor) -> list[Tensor | None]:
+        """Return dA of each branch."""
+        if not self.buffer.ranks:
+            return []
+        return down_backward(source, ds_TR[:, : self.buffer.ranks], self.group, self.parts)
+
+    def summed_a(self, parts_PRK: Tensor) -> list[Tensor | None]:
+        """Return dA of each branch, from parts that a fused kernel wrote."""
+        scale = skinny.keep_scale(self.group.dropout)
+        return [skinny.add_gradient(p.a_RK, parts_PRK[:, p.ranks], scale) for p in self.parts]
+
+    def input_gradient(self, dy_TN: Tensor, ds_TR: Tensor) -> Tensor:
+        """Return dx."""
+        if self.buffer.ranks and self.group.dropout is not None:
+            buffer = self.buffer
+            return input_gradient(dy_TN, buffer.w_NK, ds_TR, buffer.a_RK, self.group, self.parts)
+        return self.unmasked_gradient(dy_TN, ds_TR)
+
+    def unmasked_gradient(self, dy_TN: Tensor, ds_TR: Tensor) -> Tensor:
+        """Return dx without the part of it that goes through a mask."""
+        buffer = self.buffer
+        if not buffer.ranks or self.group.dropout is not None:
+            return torch.mm(dy_TN, buffer.w_NK)
+        dy_ext = extended(dy_TN, buffer.room)
+        if dy_ext is not None:
+            return torch.mm(dy_ext, buffer.we[:, : buffer.K])
+        return torch.mm(dy_TN, buffer.w_NK).addmm_(ds_TR, buffer.a_RK)
 
 
-def extended(x_TK: Tensor, room: int) -> Tensor | None:
-    """(T, K + room): x and the room behind its rows; None unless all its storage is just these."""
-    T, K = x_TK.shape
-    whole = T * (K + room) * x_TK.itemsize == x_TK.untyped_storage().nbytes()
-    if not whole or x_TK.storage_offset() or x_TK.stride() != (K + room, 1):
-        return None
-    # through .data: autograd is not to see that the room, which is not x's, gets written
-    return x_TK.data.as_strided((T, K + room), (K + room, 1))
+def _linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    return torch.mm(x_TK, w_NK.T) if bias_N is None else torch.addmm(bias_N, x_TK, w_NK.T)
+
+
+def in_turn(da: Sequence[Tensor | None], db: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of A and B of every branch, in the masters' order."""
+    return [gradient for pair in zip(da, db, strict=True) for gradient in pair]
 
 
 class _AugmentedLinear(torch.autograd.Function):
     # the masters are inputs, or the first layer, whose x needs no gradient, would never be visited
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TK: Tensor, buffer: Augmented, group: Group, *masters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, use: Use, *masters: Tensor) -> Tensor:
         x_TK = with_dense_rows(x_TK)
-        T, N, K = len(x_TK), buffer.N, buffer.K
-        x_ext = extended(x_TK, buffer.room)
-        t_TR = x_TK.new_empty(T, buffer.room) if x_ext is None else x_ext[:, K:]
-        write_t(t_TR, x_TK, buffer.a_RK, group)
-        if x_ext is not None:
-            y_TN = torch.mm(x_ext, buffer.we[:N].T)
-        else:
-            y_TN = torch.mm(x_TK, buffer.w_NK.T).addmm_(t_TR, buffer.we[:N, K:].T)
-        ctx.save_for_backward(x_TK, t_TR, *masters)
-        ctx.buffer, ctx.group = buffer, group
+        y_TN, t_TR = use.product(x_TK)
+        ctx.save_for_backward(x_TK, t_TR)
+        ctx.use = use
         return y_TN
 
     @staticmethod
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, t_TR, *masters = ctx.saved_tensors
-        buffer: Augmented = ctx.buffer
-        group: Group = ctx.group
+        x_TK, t_TR = ctx.saved_tensors
+        use: Use = ctx.use
         dy_TN = with_dense_rows(dy_TN)
-        dy_ext = extended(dy_TN, buffer.room)
-        ds_TR = torch.empty_like(t_TR) if dy_ext is None else dy_ext[:, buffer.N :]
-        # the padding meets zeros of We, and zero times whatever lies there need not be zero
-        ds_TR[:, buffer.ranks :] = 0
-        real = slice(0, buffer.ranks)
-        gradients = branch_gradients(x_TK, dy_TN, t_TR, ds_TR[:, real], group, masters)
-        dx_TK = None
-        if ctx.needs_input_grad[0]:
-            if dy_ext is not None and group.dropout is None:
-                dx_TK = torch.mm(dy_ext, buffer.we[:, : buffer.K])
-            else:
-                dx_TK = input_gradient(dy_TN, buffer.w_NK, ds_TR, buffer.a_RK, group)
-        return dx_TK, None, None, *gradients
+        ds_TR, db = use.gradients_of_b(dy_TN, t_TR)
+        da = use.gradients_of_a(skinny.Source(x_TK), ds_TR)
+        dx_TK = use.input_gradient(dy_TN, ds_TR) if ctx.needs_input_grad[0] else None
+        return dx_TK, None, *in_turn(da, db)
 
 
 def augmented_linear(
@@ -153,7 +233,7 @@ def augmented_linear(
     Args:
         x_TK: (T, K) activations, best made by `with_room`; then the room is written to.
         buffer: frozen weight and adapters, refreshed since the adapters last changed.
-        scale: alpha / r, applied to every branch.
+        scale: alpha / r, times a branch's own factor.
         dropout: masks of the branches' input, or None.
         site: number of this group in the model, which the masks depend on.
 
@@ -167,9 +247,12 @@ def augmented_linear(
         raise ValueError(
             f"augmented_linear needs x_TK (T, {buffer.K}) for this buffer, got {tuple(x_TK.shape)}"
         )
-    masters = [m for branch in buffer.branches for m in (branch.a_RK, branch.b_NR)]
-    if not uses_triton(x_TK, buffer.we, *masters):
+    if not uses_triton(x_TK, buffer.we, *buffer.masters):
         return lora_linear(x_TK, buffer.w_NK, buffer.branches, scale, dropout, site)
-    group = Group(scale, dropout, site, tuple(branch.start for branch in buffer.branches))
-    y_TN: Tensor = _AugmentedLinear.apply(x_TK, buffer, group, *masters)
+    return linear_of(Use(buffer, group_of(buffer.branches, scale, dropout, site, fused=True)), x_TK)
+
+
+def linear_of(use: Use, x_TK: Tensor) -> Tensor:
+    """Compute augmented_linear by the kernels, whose use was prepared."""
+    y_TN: Tensor = _AugmentedLinear.apply(x_TK, use, *use.buffer.masters)
     return y_TN

@@ -71,12 +71,19 @@ class Dropout:
         seed: 32-bit key.
         positions_T: (T,) int64, position in its document.
         draws_T: (T,) int64, draw number of the token's sample in the planner's permutation.
+        per_module: a mask for each projection, as PEFT draws it, instead of one for those that
+            share an input.
     """
 
     p: float
     seed: int
     positions_T: Tensor
     draws_T: Tensor
+    per_module: bool = False
+
+    def site_of(self, group: int, number: int) -> int:
+        """Site of the mask of one projection of a group; the group's, unless drawn per module."""
+        return group + ((1 + number) << 24) if self.per_module else group
 
     @property
     def dropped(self) -> int:

@@ -5,15 +5,15 @@
 
 Projections that share their input (q, k, v; gate, up) are one call: their weights lie one below
 the other in W, each adapted one is a branch with its own A and B for its rows of W, and x is read
-once for all of them. m is the dropout mask of the branches' input (inverted scale included), the
-same for a whole group, regenerated in the backward pass.
+once for all of them. m is the dropout mask of the branches' input (inverted scale included),
+regenerated in the backward pass: one for a whole group, or one a branch, as PEFT draws it.
 
 Shapes   T = packed tokens, K = input features, N = output features of the group, R = sum of the
          branches' ranks.
 Numerics W, x, y in the compute dtype; A and B are float32 masters, cast when they are used; library
-         GEMMs accumulate in float32. dA and dB are returned in the masters' dtype.
-         On a GPU the products of a rank's width are the passes of skinny.py, which add dA and dB
-         into the masters' gradients themselves.
+         GEMMs accumulate in float32. dA and dB are added into the masters' gradients where those
+         exist, which saves a pass over them, and returned in the masters' dtype elsewhere.
+         On a GPU the products of a rank's width are the passes of skinny.py.
 Saved    x_TK, t_TR; W, A and B are only referred to.
 Bound    FLOPs: 2*T*N*K each way for W, about R/N + R/K of that for the branches each way, half as
          much again in the backward pass for dA and dB.
@@ -28,6 +28,7 @@ from torch import Tensor
 from bioinstruct.kernels import skinny
 from bioinstruct.kernels.dispatch import uses_triton
 from bioinstruct.kernels.dropout import Dropout
+from bioinstruct.kernels.rows import with_dense_rows
 
 
 class Branch(NamedTuple):
@@ -39,6 +40,10 @@ class Branch(NamedTuple):
     """(N, R) up projection, float32 master, zero at the start, not scaled."""
     start: int
     """First row of the group's weight that belongs to this projection."""
+    factor: float = 1.0
+    """Its scale as a multiple of the call's."""
+    number: int = 0
+    """Which projection of the group it is, counted from 0; tells the masks of branches apart."""
 
 
 # ---- reference ---------------------------------------------------------------------------------
@@ -54,16 +59,29 @@ def lora_linear_reference(
 ) -> Tensor:
     """Compute what lora_linear must compute, branch by branch, through plain autograd."""
     y_TN = x_TK @ w_NK.to(x_TK.dtype).T
-    if dropout is not None:
-        x_TK = x_TK * dropout.mask(site, x_TK.shape[1], x_TK.dtype)
-    for a_RK, b_NR, start in branches:
-        update = scale * (x_TK @ a_RK.to(x_TK.dtype).T) @ b_NR.to(x_TK.dtype).T
+    for a_RK, b_NR, start, factor, number in branches:
+        inner_TK = x_TK
+        if dropout is not None:
+            own = dropout.site_of(site, number)
+            inner_TK = x_TK * dropout.mask(own, x_TK.shape[1], x_TK.dtype)
+        update = scale * factor * (inner_TK @ a_RK.to(x_TK.dtype).T) @ b_NR.to(x_TK.dtype).T
         pad = (start, y_TN.shape[1] - start - len(b_NR))
         y_TN = y_TN + torch.nn.functional.pad(update, pad)
     return y_TN
 
 
-# ---- autograd ----------------------------------------------------------------------------------
+class Copies(NamedTuple):
+    """The masters of a group in the compute dtype, made once for many calls."""
+
+    a_RK: Tensor
+    """Every A, one below the other."""
+    b_NR: tuple[Tensor, ...]
+    """B of each branch, its factor included."""
+    a_grad_RK: Tensor
+    """Where the gradients of every A are added, one below the other."""
+
+
+# ---- the passes of a rank's width --------------------------------------------------------------
 
 
 class Group(NamedTuple):
@@ -71,22 +89,200 @@ class Group(NamedTuple):
 
     scale: float
     dropout: Dropout | None
-    site: int
     starts: tuple[int, ...]
     """First row of each branch."""
+    factors: tuple[float, ...]
+    """Of each branch."""
+    sites: tuple[int, ...]
+    """Mask of each branch; all the same unless masks are drawn per module."""
+    fused: bool
+    """Whether the kernels run."""
+    copies: Copies | None = None
 
 
-def parts_of(group: Group, masters: Sequence[Tensor]) -> list[tuple[slice, slice, Tensor, Tensor]]:
+def group_of(
+    branches: Sequence[Branch],
+    scale: float,
+    dropout: Dropout | None,
+    site: int,
+    *,
+    fused: bool,
+    copies: Copies | None = None,
+) -> Group:
+    """Collect what a call needs beside its tensors."""
+    sites = [site if dropout is None else dropout.site_of(site, b.number) for b in branches]
+    starts, factors = [b.start for b in branches], [b.factor for b in branches]
+    return Group(scale, dropout, tuple(starts), tuple(factors), tuple(sites), fused, copies)
+
+
+class Part(NamedTuple):
+    """One branch's place in its group."""
+
+    columns: slice
+    """Of y."""
+    ranks: slice
+    """Columns of t."""
+    a_RK: Tensor
+    b_NR: Tensor
+    factor: float
+
+
+def parts_of(group: Group, masters: Sequence[Tensor]) -> list[Part]:
     """Pair each branch's A and B with its columns of y and of t."""
     parts, rank = [], 0
-    for start, a_RK, b_NR in zip(group.starts, masters[::2], masters[1::2], strict=True):
+    pairs = zip(group.starts, masters[::2], masters[1::2], group.factors, strict=True)
+    for start, a_RK, b_NR, factor in pairs:
         ranks = slice(rank, rank := rank + len(a_RK))
-        parts.append((slice(start, start + len(b_NR)), ranks, a_RK, b_NR))
+        parts.append(Part(slice(start, start + len(b_NR)), ranks, a_RK, b_NR, factor))
     return parts
 
 
-def _stacked_a(masters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (masters[0] if len(masters) == 2 else torch.cat(tuple(masters[::2]))).to(dtype)
+class Span(NamedTuple):
+    """Ranks of t that are made in one pass, and the site of their mask."""
+
+    ranks: slice
+    site: int
+
+
+def spans_of(group: Group, parts: Sequence[Part], R: int) -> list[Span]:
+    """All R ranks where there is no mask, else runs of one mask that a kernel can take."""
+    if group.dropout is None:
+        return [Span(slice(0, R), 0)]
+    runs: list[Span] = []
+    for part, site in zip(parts, group.sites, strict=True):
+        if runs and runs[-1].site == site:
+            runs[-1] = Span(slice(runs[-1].ranks.start, part.ranks.stop), site)
+        else:
+            runs.append(Span(part.ranks, site))
+    most = skinny.MAX_RANK if group.fused else R
+    return [
+        Span(slice(first, min(first + most, ranks.stop)), site)
+        for ranks, site in runs
+        for first in range(ranks.start, ranks.stop, most)
+    ]
+
+
+def _stacked_a(group: Group, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    """Every A of a group, one below the other."""
+    if group.copies is not None:
+        return group.copies.a_RK
+    return (parts[0].a_RK if len(parts) == 1 else torch.cat([p.a_RK for p in parts])).to(dtype)
+
+
+def _narrow_b(group: Group, parts: Sequence[Part], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Every B in the compute dtype, its factor included."""
+    if group.copies is not None:
+        return group.copies.b_NR
+    return [(p.b_NR if p.factor == 1 else p.b_NR * p.factor).to(dtype) for p in parts]
+
+
+def _by_kernel(group: Group, ranks: slice) -> bool:
+    return group.fused and ranks.stop - ranks.start <= skinny.MAX_RANK
+
+
+def _masked(x_TK: Tensor, group: Group, site: int) -> Tensor:
+    if group.dropout is None:
+        return x_TK
+    return x_TK * group.dropout.mask(site, x_TK.shape[1], x_TK.dtype)
+
+
+def write_t(t_TR: Tensor, x_TK: Tensor, a_RK: Tensor, group: Group, parts: Sequence[Part]) -> None:
+    """t = s (m*x) A^T of the whole group; t's and A's rows may be strided.
+
+    A may have rows beyond the parts' ranks; they are zero, and so are their columns of t.
+    """
+    spans = spans_of(group, parts, len(a_RK))
+    t_TR[:, spans[-1].ranks.stop :] = 0
+    for ranks, site in spans:
+        if _by_kernel(group, ranks):
+            part = x_TK, a_RK[ranks], t_TR[:, ranks]
+            skinny.shrink(*part, group.scale, group.dropout, site)
+        else:
+            part_TR = torch.mm(_masked(x_TK, group, site), a_RK[ranks].T, out=t_TR[:, ranks])
+            part_TR.mul_(group.scale)
+
+
+def up_backward(
+    dy_TN: Tensor, t_TR: Tensor, ds_TR: Tensor, group: Group, parts: Sequence[Part]
+) -> list[Tensor | None]:
+    """Write ds = s dy B, and return dB of every branch, None where it was added already."""
+    found: list[Tensor | None] = []
+    narrow = [] if group.fused else _narrow_b(group, parts, dy_TN.dtype)
+    for i, part in enumerate(parts):
+        dy, t, ds = dy_TN[:, part.columns], t_TR[:, part.ranks], ds_TR[:, part.ranks]
+        if _by_kernel(group, part.ranks):
+            sums = skinny.shrink_dy(dy, part.b_NR, t, ds, group.scale * part.factor)
+            found.append(skinny.add_gradient(part.b_NR, sums, part.factor))
+        else:
+            b_NR = narrow[i] if narrow else _narrow_b(group, [part], dy.dtype)[0]
+            torch.mm(dy, b_NR, out=ds).mul_(group.scale)
+            found.append(_added(part.b_NR, dy.T, t, part.factor))
+    return found
+
+
+def _added(master: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor | None:
+    """Add factor times a product to the master's gradient and return None; or return it."""
+    if master.grad is None:
+        return torch.mm(left, right).mul_(factor).to(master.dtype)
+    _add_product(master.grad, left, right, factor)
+    return None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=factor)
+    else:
+        total.add_(torch.mm(left, right), alpha=factor)
+
+
+def down_backward(
+    source: skinny.Source, ds_TR: Tensor, group: Group, parts: Sequence[Part]
+) -> list[Tensor | None]:
+    """dA = ds^T (m*x) of every branch, None where it was added already."""
+    if not group.fused and group.copies is not None and len(set(group.sites)) == 1:
+        # one product for all of them, into gradients that lie one below the other
+        _add_product(group.copies.a_grad_RK, ds_TR.T, _masked(source.made(), group, group.sites[0]))
+        return [None] * len(parts)
+    if not group.fused:
+        inner = {site: _masked(source.made(), group, site) for site in set(group.sites)}
+        return [
+            _added(part.a_RK, ds_TR[:, part.ranks].T, inner[site])
+            for part, site in zip(parts, group.sites, strict=True)
+        ]
+    sums = [
+        skinny.gradient_of_a(ds_TR[:, ranks], source, group.dropout, site)
+        if _by_kernel(group, ranks)
+        else torch.mm(ds_TR[:, ranks].T, source.made())[None]
+        for ranks, site in spans_of(group, parts, ds_TR.shape[1])
+    ]
+    sums_PRK = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+    scale = skinny.keep_scale(group.dropout)
+    return [skinny.add_gradient(p.a_RK, sums_PRK[:, p.ranks], scale) for p in parts]
+
+
+def input_gradient(
+    dy_TN: Tensor,
+    w_NK: Tensor,
+    ds_TR: Tensor,
+    a_RK: Tensor,
+    group: Group,
+    parts: Sequence[Part],
+) -> Tensor:
+    """dx = dy W + m*(ds A)."""
+    if group.dropout is None:
+        return torch.mm(dy_TN, w_NK).addmm_(ds_TR, a_RK)
+    g_TK: Tensor | None = None
+    for ranks, site in spans_of(group, parts, ds_TR.shape[1]):
+        if _by_kernel(group, ranks):
+            g_TK = skinny.masked_expand(ds_TR[:, ranks], a_RK[ranks], group.dropout, site, g_TK)
+        else:
+            own_TK = _masked(torch.mm(ds_TR[:, ranks], a_RK[ranks]), group, site)
+            g_TK = own_TK if g_TK is None else g_TK.add_(own_TK)
+    assert g_TK is not None
+    return g_TK.addmm_(dy_TN, w_NK)
+
+
+# ---- autograd ----------------------------------------------------------------------------------
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -94,55 +290,13 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
-        inner_TK = x_TK
-        if group.dropout is not None:
-            inner_TK = x_TK * group.dropout.mask(group.site, x_TK.shape[1], x_TK.dtype)
-        t_TR = torch.mm(inner_TK, _stacked_a(masters, x_TK.dtype).T).mul_(group.scale)
+        x_TK, parts = with_dense_rows(x_TK), parts_of(group, masters)
+        a_RK = _stacked_a(group, parts, x_TK.dtype)
         y_TN = torch.mm(x_TK, w_NK.T)
-        for columns, ranks, _, b_NR in parts_of(group, masters):
-            y_TN[:, columns].addmm_(t_TR[:, ranks], b_NR.to(x_TK.dtype).T)
-        ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
-        ctx.group = group
-        return y_TN
-
-    @staticmethod
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, w_NK, t_TR, *masters = ctx.saved_tensors
-        group: Group = ctx.group
-        ds_TR = torch.empty_like(t_TR)
-        gradients: list[Tensor | None] = [None] * len(masters)
-        for i, (columns, ranks, _, b_NR) in enumerate(parts_of(group, masters)):
-            dy_part = dy_TN[:, columns]
-            ds_TR[:, ranks] = torch.mm(dy_part, b_NR.to(dy_TN.dtype))
-            gradients[2 * i + 1] = torch.mm(dy_part.T, t_TR[:, ranks]).to(b_NR.dtype)
-        ds_TR.mul_(group.scale)
-        mask_TK = None
-        if group.dropout is not None:
-            mask_TK = group.dropout.mask(group.site, x_TK.shape[1], x_TK.dtype)
-        da_RK = torch.mm(ds_TR.T, x_TK if mask_TK is None else x_TK * mask_TK)
-        for i, (_, ranks, a_RK, _) in enumerate(parts_of(group, masters)):
-            gradients[2 * i] = da_RK[ranks].to(a_RK.dtype)
-        dx_TK = None
-        if ctx.needs_input_grad[0]:
-            a_RK = _stacked_a(masters, dy_TN.dtype)
-            dx_TK = torch.mm(dy_TN, w_NK)
-            if mask_TK is None:
-                dx_TK.addmm_(ds_TR, a_RK)
-            else:
-                dx_TK.addcmul_(torch.mm(ds_TR, a_RK), mask_TK)
-        return dx_TK, None, None, *gradients
-
-
-class _FusedLoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
-        x_TK = with_dense_rows(x_TK)
-        y_TN = torch.mm(x_TK, w_NK.T)
-        a_RK = _stacked_a(masters, x_TK.dtype)
         t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
-        write_t(t_TR, x_TK, a_RK, group)
-        for columns, ranks, _, b_NR in parts_of(group, masters):
-            y_TN[:, columns].addmm_(t_TR[:, ranks], b_NR.to(x_TK.dtype).T)
+        write_t(t_TR, x_TK, a_RK, group, parts)
+        for part, b_NR in zip(parts, _narrow_b(group, parts, x_TK.dtype), strict=True):
+            y_TN[:, part.columns].addmm_(t_TR[:, part.ranks], b_NR.T)
         ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
         ctx.group = group
         return y_TN
@@ -152,90 +306,14 @@ class _FusedLoraLinear(torch.autograd.Function):
         x_TK, w_NK, t_TR, *masters = ctx.saved_tensors
         group: Group = ctx.group
         dy_TN, ds_TR = with_dense_rows(dy_TN), torch.empty_like(t_TR)
-        gradients = branch_gradients(x_TK, dy_TN, t_TR, ds_TR, group, masters)
+        parts = parts_of(group, masters)
+        db = up_backward(dy_TN, t_TR, ds_TR, group, parts)
+        da = down_backward(skinny.Source(x_TK), ds_TR, group, parts)
         dx_TK = None
         if ctx.needs_input_grad[0]:
-            dx_TK = input_gradient(dy_TN, w_NK, ds_TR, _stacked_a(masters, dy_TN.dtype), group)
-        return dx_TK, None, None, *gradients
-
-
-def with_dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _chunks(R: int) -> list[slice]:
-    """Slices of at most MAX_RANK."""
-    return [slice(i, min(i + skinny.MAX_RANK, R)) for i in range(0, R, skinny.MAX_RANK)]
-
-
-def write_t(t_TR: Tensor, x_TK: Tensor, a_RK: Tensor, group: Group) -> None:
-    """t = s (m*x) A^T of the whole group; t's and A's rows may be strided."""
-    if len(a_RK) > skinny.MAX_RANK and group.dropout is None:
-        torch.mm(x_TK, a_RK.T, out=t_TR).mul_(group.scale)
-        return
-    for ranks in _chunks(len(a_RK)):
-        part = x_TK, a_RK[ranks], t_TR[:, ranks]
-        skinny.shrink(*part, group.scale, group.dropout, group.site)
-
-
-def branch_gradients(
-    x_TK: Tensor,
-    dy_TN: Tensor,
-    t_TR: Tensor,
-    ds_TR: Tensor,
-    group: Group,
-    masters: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Write ds = s dy B, and return dA and dB of every branch, None where added to its gradient."""
-    gradients: list[Tensor | None] = [None] * len(masters)
-    for i, (columns, ranks, _, b_NR) in enumerate(parts_of(group, masters)):
-        part = dy_TN[:, columns], b_NR, t_TR[:, ranks], ds_TR[:, ranks]
-        gradients[2 * i + 1] = _up_backward(*part, group.scale)
-    gradients[::2] = _down_backward(x_TK, ds_TR, group, masters)
-    return gradients
-
-
-def _up_backward(
-    dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: float
-) -> Tensor | None:
-    """Write ds = s dy B of one branch, and return dB unless it was added to B's gradient."""
-    if b_NR.shape[1] <= skinny.MAX_RANK:
-        return skinny.add_gradient(b_NR, skinny.shrink_dy(dy_TN, b_NR, t_TR, ds_TR, scale))
-    ds_TR.copy_(torch.mm(dy_TN, b_NR.to(dy_TN.dtype)).mul_(scale))
-    return torch.mm(dy_TN.T, t_TR).to(b_NR.dtype)
-
-
-def _down_backward(
-    x_TK: Tensor, ds_TR: Tensor, group: Group, masters: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """dA of every branch, or None where it was added to A's gradient."""
-    parts = parts_of(group, masters)
-    if ds_TR.shape[1] > skinny.MAX_RANK and group.dropout is None:
-        da_RK = torch.mm(ds_TR.T, x_TK)
-        return [da_RK[ranks].to(a_RK.dtype) for _, ranks, a_RK, _ in parts]
-    sums = [
-        skinny.gradient_of_a(ds_TR[:, ranks], x_TK, group.dropout, group.site)
-        for ranks in _chunks(ds_TR.shape[1])
-    ]
-    sums_PRK = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
-    return [
-        skinny.add_gradient(a_RK, sums_PRK[:, ranks], skinny.keep_scale(group.dropout))
-        for _, ranks, a_RK, _ in parts
-    ]
-
-
-def input_gradient(
-    dy_TN: Tensor, w_NK: Tensor, ds_TR: Tensor, a_RK: Tensor, group: Group
-) -> Tensor:
-    """dx = dy W + m*(ds A)."""
-    if group.dropout is None:
-        return torch.mm(dy_TN, w_NK).addmm_(ds_TR, a_RK)
-    if len(a_RK) <= skinny.MAX_RANK:
-        g_TK = skinny.masked_expand(ds_TR, a_RK, group.dropout, group.site)
-    else:
-        mask_TK = group.dropout.mask(group.site, a_RK.shape[1], dy_TN.dtype)
-        g_TK = torch.mm(ds_TR, a_RK).mul_(mask_TK)
-    return g_TK.addmm_(dy_TN, w_NK)
+            a_RK = _stacked_a(group, parts, dy_TN.dtype)
+            dx_TK = input_gradient(dy_TN, w_NK, ds_TR, a_RK, group, parts)
+        return dx_TK, None, None, *(g for pair in zip(da, db, strict=True) for g in pair)
 
 
 def lora_linear(
@@ -245,6 +323,7 @@ def lora_linear(
     scale: float = 1.0,
     dropout: Dropout | None = None,
     site: int = 0,
+    copies: Copies | None = None,
 ) -> Tensor:
     """Frozen linear of one projection, or of a group that shares its input, plus LoRA branches.
 
@@ -252,9 +331,10 @@ def lora_linear(
         x_TK: (T, K) activations.
         w_NK: (N, K) frozen weight in x's dtype; a group's weights lie one below the other.
         branches: adapters of the adapted projections; empty for the plain frozen linear.
-        scale: alpha / r, applied to every branch.
+        scale: alpha / r, times a branch's own factor.
         dropout: masks of the branches' input, or None.
         site: number of this group in the model, which the masks depend on.
+        copies: of the branches' masters in x's dtype, where they exist; not for the kernels.
 
     Returns:
         (T, N), in x's dtype.
@@ -270,16 +350,17 @@ def lora_linear(
     if not branches:
         return torch.mm(x_TK, w_NK.T)
     _check(branches, *w_NK.shape)
-    group = Group(scale, dropout, site, tuple(b.start for b in branches))
     masters = [m for branch in branches for m in (branch.a_RK, branch.b_NR)]
-    function = _FusedLoraLinear if uses_triton(x_TK, w_NK, *masters) else _LoraLinear
-    y_TN: Tensor = function.apply(x_TK, w_NK, group, *masters)
+    fused = uses_triton(x_TK, w_NK, *masters)
+    copies = None if fused else copies
+    group = group_of(branches, scale, dropout, site, fused=fused, copies=copies)
+    y_TN: Tensor = _LoraLinear.apply(x_TK, w_NK, group, *masters)
     return y_TN
 
 
 def _check(branches: Sequence[Branch], N: int, K: int) -> None:
     end = 0
-    for a_RK, b_NR, start in branches:
+    for a_RK, b_NR, start, *_ in branches:
         if a_RK.shape[1] != K or a_RK.shape[0] != b_NR.shape[1]:
             raise ValueError(
                 f"a LoRA branch needs A (R, {K}) and B (N, R), got {tuple(a_RK.shape)}, "

@@ -12,12 +12,13 @@ Bound    Memory: forward moves 2*T*D elements (4*T*D with the addition), backwar
          to BLOCK_D stays in registers; a wider one is read twice, the second time from cache.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+from bioinstruct.kernels.rows import with_dense_rows, with_room
 
 BLOCK_D = 4096
 
@@ -35,7 +36,7 @@ def rmsnorm_reference(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 @jit
-def _residual(x_ptr, delta_ptr, d, mask, ADD: tl.constexpr):
+def residual(x_ptr, delta_ptr, d, mask, ADD: tl.constexpr):
     """x, or x + delta, rounded to x's dtype."""
     x = tl.load(x_ptr + d, mask=mask, other=0.0)
     if ADD:
@@ -54,28 +55,28 @@ def _put_normed(h, r, w_ptr, h_ptr, y_ptr, d, mask, ADD: tl.constexpr):
 
 @jit
 def _rmsnorm_fwd(
-    x_ptr, delta_ptr, w_ptr, h_ptr, y_ptr, r_ptr, D, eps,
+    x_ptr, delta_ptr, w_ptr, h_ptr, y_ptr, r_ptr, D, y_stride, eps,
     ADD: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     x_ptr += t * D
     delta_ptr += t * D
     h_ptr += t * D
-    y_ptr += t * D
+    y_ptr += t * y_stride
     d = tl.arange(0, BLOCK)
     if ONE_PASS:
-        h = _residual(x_ptr, delta_ptr, d, d < D, ADD)
+        h = residual(x_ptr, delta_ptr, d, d < D, ADD)
         squares = h.to(tl.float32) * h.to(tl.float32)
         r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps)
         _put_normed(h, r, w_ptr, h_ptr, y_ptr, d, d < D, ADD)
     else:
         squares = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, D, BLOCK):
-            h = _residual(x_ptr, delta_ptr, start + d, start + d < D, ADD).to(tl.float32)
+            h = residual(x_ptr, delta_ptr, start + d, start + d < D, ADD).to(tl.float32)
             squares += h * h
         r = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / D + eps)
         for start in range(0, D, BLOCK):
-            h = _residual(x_ptr, delta_ptr, start + d, start + d < D, ADD)
+            h = residual(x_ptr, delta_ptr, start + d, start + d < D, ADD)
             _put_normed(h, r, w_ptr, h_ptr, y_ptr, start + d, start + d < D, ADD)
     tl.store(r_ptr + t, r)
 
@@ -98,14 +99,14 @@ def _put_gradient(g, h, r, c, dh_ptr, dx_ptr, d, mask, ADD: tl.constexpr):
 
 @jit
 def _rmsnorm_bwd(
-    dy_ptr, h_ptr, w_ptr, r_ptr, dh_ptr, dx_ptr, D,
+    dy_ptr, h_ptr, w_ptr, r_ptr, dh_ptr, dx_ptr, D, dy_stride, dh_stride, dx_stride,
     ADD: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    dy_ptr += t * D
+    dy_ptr += t * dy_stride
     h_ptr += t * D
-    dh_ptr += t * D
-    dx_ptr += t * D
+    dh_ptr += t * dh_stride
+    dx_ptr += t * dx_stride
     r = tl.load(r_ptr + t)
     d = tl.arange(0, BLOCK)
     if ONE_PASS:
@@ -183,39 +184,74 @@ class _RMSNorm(torch.autograd.Function):
         return dx_TD, dw_D, None
 
 
+class Normed(NamedTuple):
+    """What the forward kernel wrote."""
+
+    h_TD: Tensor
+    """What was normed: x itself, or its sum with delta."""
+    y_TD: Tensor
+    """Its norm, with room behind the rows where that was asked for."""
+    r_T: Tensor
+    """Reciprocal root mean squares, float32."""
+
+
+def norm_forward(
+    x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float, room: int = 0
+) -> Normed:
+    """Launch the forward kernel; room is how many columns stay free behind each row of y."""
+    T, D = x_TD.shape
+    x_TD, add = x_TD.contiguous(), delta_TD is not None
+    h_TD = torch.empty_like(x_TD) if add else x_TD
+    delta = delta_TD.contiguous() if delta_TD is not None else x_TD
+    y_TD, r_T = with_room(x_TD, (T, D), room), x_TD.new_empty(T, dtype=torch.float32)
+    tensors = x_TD, delta, w_D.contiguous(), h_TD, y_TD, r_T
+    launch(_rmsnorm_fwd, (T,), *tensors, D, y_TD.stride(0), eps, ADD=add, **_blocks(D))
+    return Normed(h_TD, y_TD, r_T)
+
+
+def norm_backward(
+    dy_TD: Tensor, h_TD: Tensor, w_D: Tensor, r_T: Tensor, dh_TD: Tensor | None, room: int = 0
+) -> Tensor:
+    """Launch the backward kernel; dh is the gradient that reaches h past the norm.
+
+    Returns:
+        (T, D) gradient of x and of delta alike, with room columns free behind each row.
+    """
+    T, D = h_TD.shape
+    dx_TD = with_room(h_TD, (T, D), room)
+    add, dy_TD = dh_TD is not None, with_dense_rows(dy_TD)
+    dh = dy_TD if dh_TD is None else with_dense_rows(dh_TD)
+    tensors = dy_TD, h_TD, w_D.contiguous(), r_T, dh, dx_TD
+    strides = dy_TD.stride(0), dh.stride(0), dx_TD.stride(0)
+    launch(_rmsnorm_bwd, (T,), *tensors, D, *strides, ADD=add, **_blocks(D))
+    return dx_TD
+
+
 class _FusedRMSNorm(torch.autograd.Function):
     """y of x; or h and y of x and delta."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float) -> Any:
-        T, D = x_TD.shape
-        x_TD, add = x_TD.contiguous(), delta_TD is not None
-        h_TD = torch.empty_like(x_TD) if add else x_TD
-        delta = delta_TD.contiguous() if delta_TD is not None else x_TD
-        y_TD, r_T = torch.empty_like(x_TD), x_TD.new_empty(T, dtype=torch.float32)
-        tensors = x_TD, delta, w_D.contiguous(), h_TD, y_TD, r_T
-        launch(_rmsnorm_fwd, (T,), *tensors, D, eps, ADD=add, **_blocks(D))
+    def forward(
+        ctx: Any, x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float, room: int
+    ) -> Any:
+        h_TD, y_TD, r_T = norm_forward(x_TD, delta_TD, w_D, eps)
         ctx.save_for_backward(h_TD, w_D, r_T)
         ctx.set_materialize_grads(False)
-        return (h_TD, y_TD) if add else y_TD
+        ctx.room = room
+        return y_TD if delta_TD is None else (h_TD, y_TD)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         h_TD, w_D, r_T = ctx.saved_tensors
-        T, D = h_TD.shape
         dh_TD, dy_TD = gradients if len(gradients) == 2 else (None, gradients[0])
         if dy_TD is None:
-            return dh_TD, dh_TD, None, None
-        dy_TD, add = dy_TD.contiguous(), dh_TD is not None
+            return dh_TD, dh_TD, None, None, None
         dx_TD = dw_D = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            dx_TD = torch.empty_like(h_TD)
-            dh = dh_TD.contiguous() if dh_TD is not None else dy_TD
-            tensors = dy_TD, h_TD, w_D.contiguous(), r_T, dh, dx_TD
-            launch(_rmsnorm_bwd, (T,), *tensors, D, ADD=add, **_blocks(D))
+            dx_TD = norm_backward(dy_TD, h_TD, w_D, r_T, dh_TD, ctx.room)
         if ctx.needs_input_grad[2]:
-            dw_D = _gain_gradient(dy_TD, h_TD, r_T, w_D.dtype)
-        return dx_TD, dx_TD if ctx.needs_input_grad[1] else None, dw_D, None
+            dw_D = _gain_gradient(dy_TD.contiguous(), h_TD, r_T, w_D.dtype)
+        return dx_TD, dx_TD if ctx.needs_input_grad[1] else None, dw_D, None, None
 
 
 def rmsnorm(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
@@ -237,14 +273,14 @@ def rmsnorm(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
             f"rmsnorm needs x_TD (T, D) and w_D (D,), got {tuple(x_TD.shape)}, {tuple(w_D.shape)}"
         )
     if uses_triton(x_TD, w_D):
-        y_TD: Tensor = _FusedRMSNorm.apply(x_TD, None, w_D, eps)
+        y_TD: Tensor = _FusedRMSNorm.apply(x_TD, None, w_D, eps, 0)
     else:
         y_TD = _RMSNorm.apply(x_TD, w_D, eps)
     return y_TD
 
 
 def add_rmsnorm(
-    x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float = 1e-5
+    x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float = 1e-5, room: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Add to the residual stream and norm the sum, in one pass on a GPU.
 
@@ -253,6 +289,7 @@ def add_rmsnorm(
         delta_TD: (T, D) what a sub-layer adds, in x's dtype.
         w_D: (D,) gain.
         eps: added to the mean square, in the units of x squared.
+        room: columns to leave free behind the rows of delta's gradient, on a GPU.
 
     Returns:
         The sum, rounded to x's dtype, and its norm; both (T, D).
@@ -266,7 +303,7 @@ def add_rmsnorm(
             f"{tuple(delta_TD.shape)}, {tuple(w_D.shape)}"
         )
     if uses_triton(x_TD, delta_TD, w_D):
-        h_TD, y_TD = _FusedRMSNorm.apply(x_TD, delta_TD, w_D, eps)
+        h_TD, y_TD = _FusedRMSNorm.apply(x_TD, delta_TD, w_D, eps, room)
         return h_TD, y_TD
     h_TD = x_TD + delta_TD
     return h_TD, rmsnorm(h_TD, w_D, eps)

@@ -10,16 +10,18 @@ Shapes   T = packed tokens, H = query heads, G = key/value heads, E = head width
          N = (H + 2G) * E columns of the fused projection.
 Numerics cos and sin are float32 tables gathered by position; rotation in float32 at least.
 Saved    The two gathered tables, shared by all layers of a pack.
-Bound    Memory: forward and backward each read and write T*N elements; on a GPU split_rope turns
-         queries and keys where they lie, T*(H+G)*E elements, and leaves the values alone.
+Bound    Memory: forward reads and writes T*(H+G)*E elements, as queries and keys are turned where
+         they lie and the values left alone; backward T*N elements.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+from bioinstruct.kernels.rows import with_room
 
 HEADS = 4
 """Heads that one program turns with the same angles."""
@@ -53,17 +55,6 @@ def rope_reference(x_THE: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((a_THE * cos - b_THE * sin, b_THE * cos + a_THE * sin), dim=-1).to(x_THE.dtype)
 
 
-def _rotate_into(out_THE: Tensor, x_THE: Tensor, rotation: Rotation, sign: float) -> None:
-    """Write x rotated by sign times the angle; out may not overlap x."""
-    cos, sin = rotation.cos_TE[:, None], rotation.sin_TE[:, None]
-    a_THE, b_THE = x_THE.chunk(2, dim=-1)
-    if x_THE.dtype != cos.dtype:
-        a_THE, b_THE = a_THE.to(cos.dtype), b_THE.to(cos.dtype)
-    half = x_THE.shape[-1] // 2
-    out_THE[..., :half] = (a_THE * cos).addcmul_(b_THE, sin, value=-sign)
-    out_THE[..., half:] = (b_THE * cos).addcmul_(a_THE, sin, value=sign)
-
-
 # ---- kernels -----------------------------------------------------------------------------------
 
 
@@ -91,19 +82,35 @@ def _rotate(
         tl.store(dst + half, (b * cos + a * sin).to(narrow), mask=mask_h)
 
 
-def _launch_rotate(dst_THE: Tensor, src_THE: Tensor, rotation: Rotation, sign: float) -> None:
-    """Write src rotated by sign times the angle into dst, which may be src itself."""
-    T, heads, E = src_THE.shape
-    if src_THE.stride(-1) != 1:
-        src_THE = src_THE.contiguous()
+def rotate_into(out_THE: Tensor, x_THE: Tensor, rotation: Rotation, sign: float) -> None:
+    """Write x rotated by sign times the angle into out, which may be x itself."""
+    if not uses_triton(out_THE, x_THE, *rotation):
+        _rotate_in_torch(out_THE, x_THE, rotation, sign)
+        return
+    T, heads, E = x_THE.shape
+    if x_THE.stride(-1) != 1:
+        x_THE = x_THE.contiguous()
     block = next_power_of_2(E // 2)
     tokens = max(1, 1024 // block)
     launch(
         _rotate, (cdiv(T, tokens), cdiv(heads, HEADS)),
-        src_THE, dst_THE, rotation.cos_TE, rotation.sin_TE, T, heads, E // 2,
-        *src_THE.stride()[:2], *dst_THE.stride()[:2], sign,
+        x_THE, out_THE, rotation.cos_TE, rotation.sin_TE, T, heads, E // 2,
+        *x_THE.stride()[:2], *out_THE.stride()[:2], sign,
         HEADS=HEADS, BLOCK_T=tokens, BLOCK_E=block, num_warps=4,
     )  # fmt: skip
+
+
+def _rotate_in_torch(out_THE: Tensor, x_THE: Tensor, rotation: Rotation, sign: float) -> None:
+    cos, sin = rotation.cos_TE[:, None], rotation.sin_TE[:, None]
+    a_THE, b_THE = x_THE.chunk(2, dim=-1)
+    if x_THE.dtype != cos.dtype:
+        a_THE, b_THE = a_THE.to(cos.dtype), b_THE.to(cos.dtype)
+    half = x_THE.shape[-1] // 2
+    turned_a = (a_THE * cos).addcmul_(b_THE, sin, value=-sign)
+    turned_b = (b_THE * cos).addcmul_(a_THE, sin, value=sign)
+    # only now, as out may be x
+    out_THE[..., :half] = turned_a
+    out_THE[..., half:] = turned_b
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -114,87 +121,55 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TE, sin_TE)
         y_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
-        _rotate_into(y_THE, x_THE, Rotation(cos_TE, sin_TE), 1.0)
+        rotate_into(y_THE, x_THE, Rotation(cos_TE, sin_TE), 1.0)
         return y_THE
 
     @staticmethod
     def backward(ctx: Any, dy_THE: Tensor) -> tuple[Tensor, None, None]:
         dx_THE = torch.empty_like(dy_THE, memory_format=torch.contiguous_format)
-        _rotate_into(dx_THE, dy_THE, Rotation(*ctx.saved_tensors), -1.0)
+        rotate_into(dx_THE, dy_THE, Rotation(*ctx.saved_tensors), -1.0)
         return dx_THE, None, None
+
+
+def turn_heads(qkv_TN: Tensor, rotation: Rotation, num_heads: int) -> Heads:
+    """Rotate the queries and keys of a fused projection where they lie; return views of it."""
+    E = 2 * rotation.cos_TE.shape[-1]
+    T, N = qkv_TN.shape
+    x = qkv_TN.detach().view(T, N // E, E)
+    H, G = num_heads, (x.shape[1] - num_heads) // 2
+    turned = x[:, : H + G]
+    rotate_into(turned, turned, rotation, 1.0)
+    return Heads(x[:, :H], x[:, H : H + G], x[:, H + G :])
+
+
+def turn_back(gradients: Sequence[Tensor], rotation: Rotation, room: int = 0) -> Tensor:
+    """Gradient of the fused projection (T, N), with room columns free behind each row.
+
+    Args:
+        gradients: of queries, keys and values.
+        rotation: the tokens' cos and sin.
+        room: columns.
+    """
+    dq_THE, dk_TGE, dv_TGE = gradients
+    T, H, E = dq_THE.shape
+    G = dk_TGE.shape[1]
+    dx_TN = with_room(dq_THE, (T, (H + 2 * G) * E), room)
+    dx = dx_TN.view(T, H + 2 * G, E)
+    rotate_into(dx[:, :H], dq_THE, rotation, -1.0)
+    rotate_into(dx[:, H : H + G], dk_TGE, rotation, -1.0)
+    dx[:, H + G :] = dv_TGE
+    return dx_TN
 
 
 class _SplitRope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, qkv_TN: Tensor, cos_TE: Tensor, sin_TE: Tensor, H: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        T, N = qkv_TN.shape
-        E = 2 * cos_TE.shape[-1]
-        G = (N // E - H) // 2
+    def forward(ctx: Any, qkv_TN: Tensor, cos_TE: Tensor, sin_TE: Tensor, H: int) -> Heads:
         ctx.save_for_backward(cos_TE, sin_TE)
-        x = qkv_TN.view(T, H + 2 * G, E)
-        # one buffer for the three, in the column order of the projection
-        out = torch.empty_like(x)
-        _rotate_into(out[:, : H + G], x[:, : H + G], Rotation(cos_TE, sin_TE), 1.0)
-        out[:, H + G :] = x[:, H + G :]
-        return out[:, :H], out[:, H : H + G], out[:, H + G :]
+        return turn_heads(qkv_TN, Rotation(cos_TE, sin_TE), H)
 
     @staticmethod
-    def backward(
-        ctx: Any, dq_THE: Tensor, dk_TGE: Tensor, dv_TGE: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        rotation = Rotation(*ctx.saved_tensors)
-        T, H, E = dq_THE.shape
-        G = dk_TGE.shape[1]
-        dx = dq_THE.new_empty(T, H + 2 * G, E)
-        _rotate_into(dx[:, :H], dq_THE, rotation, -1.0)
-        _rotate_into(dx[:, H : H + G], dk_TGE, rotation, -1.0)
-        dx[:, H + G :] = dv_TGE
-        return dx.flatten(1), None, None, None
-
-
-class _FusedRope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TE, sin_TE)
-        y_THE = torch.empty_like(x_THE, memory_format=torch.contiguous_format)
-        _launch_rotate(y_THE, x_THE, Rotation(cos_TE, sin_TE), 1.0)
-        return y_THE
-
-    @staticmethod
-    def backward(ctx: Any, dy_THE: Tensor) -> tuple[Tensor, None, None]:
-        dx_THE = torch.empty_like(dy_THE, memory_format=torch.contiguous_format)
-        _launch_rotate(dx_THE, dy_THE, Rotation(*ctx.saved_tensors), -1.0)
-        return dx_THE, None, None
-
-
-class _FusedSplitRope(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, qkv_TN: Tensor, cos_TE: Tensor, sin_TE: Tensor, H: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        E = 2 * cos_TE.shape[-1]
-        T, N = qkv_TN.shape
-        x = qkv_TN.detach().view(T, N // E, E)
-        G = (x.shape[1] - H) // 2
-        ctx.save_for_backward(cos_TE, sin_TE)
-        turned = x[:, : H + G]
-        _launch_rotate(turned, turned, Rotation(cos_TE, sin_TE), 1.0)
-        return x[:, :H], x[:, H : H + G], x[:, H + G :]
-
-    @staticmethod
-    def backward(
-        ctx: Any, dq_THE: Tensor, dk_TGE: Tensor, dv_TGE: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        rotation = Rotation(*ctx.saved_tensors)
-        T, H, E = dq_THE.shape
-        G = dk_TGE.shape[1]
-        dx = dq_THE.new_empty(T, H + 2 * G, E)
-        _launch_rotate(dx[:, :H], dq_THE, rotation, -1.0)
-        _launch_rotate(dx[:, H : H + G], dk_TGE, rotation, -1.0)
-        dx[:, H + G :] = dv_TGE
-        return dx.flatten(1), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return turn_back(gradients, Rotation(*ctx.saved_tensors)), None, None, None
 
 
 def rope(x_THE: Tensor, rotation: Rotation) -> Tensor:
@@ -212,16 +187,15 @@ def rope(x_THE: Tensor, rotation: Rotation) -> Tensor:
     """
     T, _, E = x_THE.shape
     _check(rotation, T, E)
-    function = _FusedRope if uses_triton(x_THE, *rotation) else _Rope
-    y_THE: Tensor = function.apply(x_THE, *rotation)
+    y_THE: Tensor = _Rope.apply(x_THE, *rotation)
     return y_THE
 
 
 def split_rope(qkv_TN: Tensor, rotation: Rotation, num_heads: int) -> Heads:
     """Split the fused projection into heads and rotate queries and keys.
 
-    The projection's memory belongs to the result: on a GPU its queries and keys are rotated in
-    place, so nothing else may read qkv_TN afterwards.
+    The projection's memory belongs to the result: its queries and keys are rotated in place, so
+    nothing else may read qkv_TN afterwards.
 
     Args:
         qkv_TN: (T, (H + 2G) * E) contiguous: H query heads, G key heads, G value heads.
@@ -236,8 +210,7 @@ def split_rope(qkv_TN: Tensor, rotation: Rotation, num_heads: int) -> Heads:
     _check(rotation, T, E)
     if N % E or num_heads >= N // E or (N // E - num_heads) % 2:
         raise ValueError(f"{N} columns are not {num_heads} query heads and pairs of width {E}")
-    function = _FusedSplitRope if uses_triton(qkv_TN, *rotation) else _SplitRope
-    return Heads(*function.apply(qkv_TN, *rotation, num_heads))
+    return Heads(*_SplitRope.apply(qkv_TN, *rotation, num_heads))
 
 
 def _check(rotation: Rotation, T: int, E: int) -> None:

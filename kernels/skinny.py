@@ -17,7 +17,7 @@ Bound    Memory: shrink and gradient_of_a read T*K elements, shrink_dy T*N, mask
          T*K; the parts are 4*R*(C*T + P*N) and 4*R*P*K bytes.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from bioinstruct.kernels.dropout import Dropout, keep_lanes
 
 MAX_RANK = 64
 """Above it a rank's tile no longer fits beside the activations', and library GEMMs take over."""
+CHUNK = 128
+"""Rows that a fused kernel writes before it reads them back: few enough to be in cache still."""
 PROGRAMS = 256
 """Wanted programs of a split sum, about two a multiprocessor; fixed, so that sums are, too."""
 
@@ -42,7 +44,7 @@ PROGRAMS = 256
 
 
 @jit
-def _masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl.constexpr):
+def masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl.constexpr):
     """x where the mask keeps, else 0; the mask's scale is the caller's."""
     positions = tl.load(positions_ptr + t, mask=t < T, other=0)
     draws = tl.load(draws_ptr + t, mask=t < T, other=0)
@@ -63,7 +65,7 @@ def _shrink(
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + t * x_stride + k[None, :], mask=(t < T) & (k[None, :] < K), other=0.0)
         if DROP:
-            x = _masked(
+            x = masked(
                 x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8
             ).to(x_ptr.dtype.element_ty)
         a = tl.load(
@@ -74,6 +76,33 @@ def _shrink(
         acc = dot(x, a.to(x_ptr.dtype.element_ty), acc, UP)
     out = (acc * scale).to(t_ptr.dtype.element_ty)
     tl.store(t_ptr + t * t_stride + r[None, :], out, mask=(t < T) & (r[None, :] < R))
+
+
+@jit
+def read_back(
+    dy_ptr, b_ptr, t_ptr, ds_ptr, db, first, end, n, N, R, T, dy_stride, b_stride, t_stride,
+    UP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write dy B of rows first to end and columns n, and return dB with their dy^T t added.
+
+    For kernels that have written dy themselves. Taking the products from the registers that hold it
+    would want these in other layouts, and spill; the rows just written are still in cache.
+    """
+    tl.debug_barrier()
+    rank = tl.arange(0, BLOCK_R)[None, :]
+    mask = (n[:, None] < N) & (rank < R)
+    b = tl.load(b_ptr + n[:, None] * b_stride + rank, mask=mask, other=0.0)
+    for start in range(first, end, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)[:, None]
+        own = (t < T) & (rank < R)
+        dy = tl.load(
+            dy_ptr + t * dy_stride + n[None, :], mask=(t < T) & (n[None, :] < N), other=0.0
+        )
+        ds = dot(dy, b, tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32), UP)
+        tl.store(ds_ptr + t * R + rank, ds, mask=own)
+        s = tl.load(t_ptr + t * t_stride + rank, mask=own, other=0.0)
+        db = dot(tl.trans(dy), s, db, UP)
+    return db
 
 
 @jit
@@ -103,36 +132,42 @@ def _shrink_dy(
 
 @jit(do_not_specialize=["seed", "site", "q"])
 def _gradient_of_a(
-    ds_ptr, x_ptr, da_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, x_stride, ROWS,
-    seed, site, q, DROP: tl.constexpr, UP: tl.constexpr,
+    ds_ptr, x_ptr, r_ptr, gain_ptr, da_ptr, positions_ptr, draws_ptr,
+    T, K, R, ds_stride, x_stride, ROWS, seed, site, q,
+    NORM: tl.constexpr, DROP: tl.constexpr, UP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # program (k, p) owns BLOCK_K columns and ROWS rows: part p of the columns' dA
     p = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK_K
     k = (first + tl.arange(0, BLOCK_K))[None, :]
-    r = tl.arange(0, BLOCK_R)
+    rank = tl.arange(0, BLOCK_R)
     da = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    if NORM:
+        gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     for start in range(p * ROWS, tl.minimum((p + 1) * ROWS, T), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         x = tl.load(x_ptr + t[:, None] * x_stride + k, mask=(t[:, None] < T) & (k < K), other=0.0)
+        if NORM:
+            r = tl.load(r_ptr + t, mask=t < T, other=0.0)[:, None]
+            x = (x.to(tl.float32) * r * gain).to(x_ptr.dtype.element_ty)
         if DROP:
-            x = _masked(
+            x = masked(
                 x, positions_ptr, draws_ptr, seed, site, t[:, None], T, first // 8, q, BLOCK_K // 8
             ).to(x_ptr.dtype.element_ty)
         ds = tl.load(
-            ds_ptr + t[None, :] * ds_stride + r[:, None],
-            mask=(t[None, :] < T) & (r[:, None] < R),
+            ds_ptr + t[None, :] * ds_stride + rank[:, None],
+            mask=(t[None, :] < T) & (rank[:, None] < R),
             other=0.0,
         )
         da = dot(ds, x, da, UP)
-    tl.store(da_ptr + (p * R + r[:, None]) * K + k, da, mask=(r[:, None] < R) & (k < K))
+    tl.store(da_ptr + (p * R + rank[:, None]) * K + k, da, mask=(rank[:, None] < R) & (k < K))
 
 
 @jit(do_not_specialize=["seed", "site", "q"])
 def _masked_expand(
     ds_ptr, a_ptr, g_ptr, positions_ptr, draws_ptr, T, K, R, ds_stride, a_stride, scale,
-    seed, site, q, UP: tl.constexpr,
+    seed, site, q, ADD: tl.constexpr, UP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
@@ -143,8 +178,11 @@ def _masked_expand(
     ds = tl.load(ds_ptr + t * ds_stride + r[None, :], mask=(t < T) & (r[None, :] < R), other=0.0)
     a = tl.load(a_ptr + r[:, None] * a_stride + k, mask=(r[:, None] < R) & (k < K), other=0.0)
     g = dot(ds, a.to(narrow), tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32), UP)
-    g = _masked(g, positions_ptr, draws_ptr, seed, site, t, T, first // 8, q, BLOCK_K // 8)
-    tl.store(g_ptr + t * K + k, (g * scale).to(narrow), mask=(t < T) & (k < K))
+    g = masked(g, positions_ptr, draws_ptr, seed, site, t, T, first // 8, q, BLOCK_K // 8)
+    g = g * scale
+    if ADD:
+        g += tl.load(g_ptr + t * K + k, mask=(t < T) & (k < K), other=0.0).to(tl.float32)
+    tl.store(g_ptr + t * K + k, g.to(narrow), mask=(t < T) & (k < K))
 
 
 @jit
@@ -173,14 +211,14 @@ def keep_scale(dropout: Dropout | None) -> float:
     return 1.0 if dropout is None else 65536 / (65536 - dropout.dropped)
 
 
-def _mask_arguments(dropout: Dropout | None, site: int, some: Tensor) -> list[Any]:
+def mask_arguments(dropout: Dropout | None, site: int, some: Tensor) -> list[Any]:
     """The mask's tensors and numbers, in the kernels' order; without a mask nothing reads them."""
     if dropout is None:
         return [some, some, 0, 0, 0]
     return [dropout.positions_T, dropout.draws_T, dropout.seed, site, dropout.dropped]
 
 
-def _rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
+def rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
     """The rank's tile, at least the 16 a product takes on a GPU, and its warps.
 
     Four warps below doubled_from and eight from there on is what spills on no architecture.
@@ -196,11 +234,19 @@ def row_split(T: int, blocks: int, block_t: int) -> tuple[int, int]:
     return cdiv(T, rows), rows
 
 
-def _sum_into(out: Tensor, parts: Tensor, scale: float, *, add: bool) -> None:
+def sum_into(out: Tensor, parts: Tensor, scale: float, *, add: bool) -> None:
     """out (+)= scale * the sum of parts over their first dimension; out's rows may be strided."""
     size, columns = out.numel(), out.shape[1]
     numbers = len(parts), size, columns, parts.stride(0), out.stride(0), scale
     launch(_sum_parts, (cdiv(size, 1024),), parts, out, *numbers, ADD=add, BLOCK=1024, num_warps=4)
+
+
+class Mask(NamedTuple):
+    """Scale of the branches, and the mask of their input."""
+
+    scale: float
+    dropout: Dropout | None
+    site: int
 
 
 def shrink(
@@ -222,13 +268,13 @@ def shrink(
         site: of the mask.
     """
     T, K = x_TK.shape
-    positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
+    positions, draws, *numbers = mask_arguments(dropout, site, x_TK)
     launch(
         _shrink, (cdiv(T, 64),), x_TK, a_RK, t_TR, positions, draws,
         T, K, len(a_RK), x_TK.stride(0), a_RK.stride(0), t_TR.stride(0),
         scale * keep_scale(dropout), *numbers,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=64, BLOCK_K=64,
-        **_rank_block(len(a_RK), 32), num_stages=3,
+        **rank_block(len(a_RK), 32), num_stages=3,
     )  # fmt: skip
 
 
@@ -254,53 +300,75 @@ def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: f
     launch(
         _shrink_dy, (columns, splits), dy_TN, b_NR, t_TR, ds_parts, db_parts,
         T, N, R, dy_TN.stride(0), t_TR.stride(0), rows, UP=INTERPRETED,
-        BLOCK_T=block_t, BLOCK_N=block_n, **_rank_block(R), num_stages=3,
+        BLOCK_T=block_t, BLOCK_N=block_n, **rank_block(R), num_stages=3,
     )  # fmt: skip
-    _sum_into(ds_TR, ds_parts, scale, add=False)
+    sum_into(ds_TR, ds_parts, scale, add=False)
     return db_parts
 
 
+class Source(NamedTuple):
+    """The input of a LoRA linear: x itself, or what its norm is computed from again."""
+
+    x_TK: Tensor
+    """x, or the h that was normed; rows may be strided."""
+    r_T: Tensor | None = None
+    """Reciprocal root mean squares of h; None where x is given."""
+    gain_K: Tensor | None = None
+    """The norm's."""
+
+    def made(self) -> Tensor:
+        """Return x."""
+        if self.r_T is None or self.gain_K is None:
+            return self.x_TK
+        return (self.x_TK * self.r_T[:, None] * self.gain_K.float()).to(self.x_TK.dtype)
+
+
 def gradient_of_a(
-    ds_TR: Tensor, x_TK: Tensor, dropout: Dropout | None = None, site: int = 0
+    ds_TR: Tensor, source: Source, dropout: Dropout | None = None, site: int = 0
 ) -> Tensor:
     """Return (P, R, K) float32 parts, whose sum over P is dA without the mask's scale.
 
     Args:
         ds_TR: (T, R) in x's dtype; rows may be strided.
-        x_TK: (T, K) activations; rows may be strided.
+        source: (T, K) activations.
         dropout: mask of x, or None.
         site: of the mask.
     """
+    x_TK, r_T, gain_K = source
     (T, K), R = x_TK.shape, ds_TR.shape[1]
     block_t, block_k = 32, 128
     splits, rows = row_split(T, cdiv(K, block_k), block_t)
     parts = x_TK.new_empty(splits, R, K, dtype=torch.float32)
-    positions, draws, *numbers = _mask_arguments(dropout, site, x_TK)
+    normed = x_TK if r_T is None else r_T, x_TK if gain_K is None else gain_K
+    positions, draws, *numbers = mask_arguments(dropout, site, x_TK)
     launch(
-        _gradient_of_a, (cdiv(K, block_k), splits), ds_TR, x_TK, parts, positions, draws,
-        T, K, R, ds_TR.stride(0), x_TK.stride(0), rows, *numbers,
+        _gradient_of_a, (cdiv(K, block_k), splits), ds_TR, x_TK, *normed, parts, positions, draws,
+        T, K, R, ds_TR.stride(0), x_TK.stride(0), rows, *numbers, NORM=r_T is not None,
         DROP=dropout is not None, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_K=block_k,
-        **_rank_block(R), num_stages=3,
+        **rank_block(R), num_stages=3,
     )  # fmt: skip
     return parts
 
 
-def masked_expand(ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int) -> Tensor:
-    """Return G = m*(ds A), (T, K) in ds's dtype.
+def masked_expand(
+    ds_TR: Tensor, a_RK: Tensor, dropout: Dropout, site: int, onto_TK: Tensor | None = None
+) -> Tensor:
+    """Return G = m*(ds A), (T, K) in ds's dtype; or add it to onto.
 
     Args:
         ds_TR: (T, R); rows may be strided.
         a_RK: (R, K); rows may be strided.
         dropout: the mask of the branch's input.
         site: of the mask.
+        onto_TK: contiguous; what another mask gave.
     """
     T, (R, K) = len(ds_TR), a_RK.shape
-    g_TK = ds_TR.new_empty(T, K)
-    positions, draws, *numbers = _mask_arguments(dropout, site, ds_TR)
+    g_TK = ds_TR.new_empty(T, K) if onto_TK is None else onto_TK
+    positions, draws, *numbers = mask_arguments(dropout, site, ds_TR)
     launch(
         _masked_expand, (cdiv(T, 32), cdiv(K, 128)), ds_TR, a_RK, g_TK, positions, draws,
-        T, K, R, ds_TR.stride(0), a_RK.stride(0), keep_scale(dropout), *numbers, UP=INTERPRETED,
-        BLOCK_T=32, BLOCK_K=128, **_rank_block(R),
+        T, K, R, ds_TR.stride(0), a_RK.stride(0), keep_scale(dropout), *numbers,
+        ADD=onto_TK is not None, UP=INTERPRETED, BLOCK_T=32, BLOCK_K=128, **rank_block(R),
     )  # fmt: skip
     return g_TK
 
@@ -312,8 +380,8 @@ def add_gradient(master: Tensor, parts: Tensor, scale: float = 1.0) -> Tensor | 
     gradient of the master's size, and its allocation.
     """
     if master.grad is not None and master.grad.is_contiguous():
-        _sum_into(master.grad, parts, scale, add=True)
+        sum_into(master.grad, parts, scale, add=True)
         return None
     gradient = torch.empty_like(master)
-    _sum_into(gradient, parts, scale, add=False)
+    sum_into(gradient, parts, scale, add=False)
     return gradient

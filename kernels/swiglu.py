@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+from bioinstruct.kernels.rows import with_room
 
 BLOCK_F = 1024
 
@@ -34,17 +35,20 @@ def swiglu_reference(gate_up_T2F: Tensor) -> Tensor:
 
 
 @jit
-def _swiglu_fwd(gate_up_ptr, h_ptr, F, BLOCK: tl.constexpr):
+def _swiglu_fwd(gate_up_ptr, h_ptr, F, h_stride, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up_ptr + t * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + t * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
     h = gate * tl.sigmoid(gate) * up
-    tl.store(h_ptr + t * F + f, h.to(h_ptr.dtype.element_ty), mask=f < F)
+    tl.store(h_ptr + t * h_stride + f, h.to(h_ptr.dtype.element_ty), mask=f < F)
 
 
 @jit
-def _swiglu_bwd(dh_ptr, gate_up_ptr, dgate_up_ptr, F, BLOCK: tl.constexpr):
+def _swiglu_bwd(
+    dh_ptr, gate_up_ptr, dgate_up_ptr, h_ptr, F, dgate_up_stride,
+    AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dh = tl.load(dh_ptr + t * F + f, mask=f < F, other=0.0).to(tl.float32)
@@ -55,13 +59,40 @@ def _swiglu_bwd(dh_ptr, gate_up_ptr, dgate_up_ptr, F, BLOCK: tl.constexpr):
     # silu' = s + silu (1 - s)
     dgate = dh * up * (s + silu * (1.0 - s))
     narrow = dgate_up_ptr.dtype.element_ty
-    tl.store(dgate_up_ptr + t * 2 * F + f, dgate.to(narrow), mask=f < F)
-    tl.store(dgate_up_ptr + t * 2 * F + F + f, (dh * silu).to(narrow), mask=f < F)
+    dgate_up_ptr += t * dgate_up_stride
+    tl.store(dgate_up_ptr + f, dgate.to(narrow), mask=f < F)
+    tl.store(dgate_up_ptr + F + f, (dh * silu).to(narrow), mask=f < F)
+    if AGAIN:
+        tl.store(h_ptr + t * F + f, (silu * up).to(narrow), mask=f < F)
 
 
-def _over_rows(kernel: Any, T: int, F: int, *tensors: Tensor) -> None:
+def _over_rows(kernel: Any, T: int, F: int, *arguments: Any, **constants: Any) -> None:
     block = min(BLOCK_F, next_power_of_2(F))
-    launch(kernel, (T, cdiv(F, block)), *tensors, F, BLOCK=block, num_warps=4)
+    launch(kernel, (T, cdiv(F, block)), *arguments, **constants, BLOCK=block, num_warps=4)
+
+
+def swiglu_forward(gate_up_T2F: Tensor, room: int = 0) -> Tensor:
+    """Launch the forward kernel; room is how many columns stay free behind each row of h."""
+    T, F = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    h_TF = with_room(gate_up_T2F, (T, F), room)
+    _over_rows(_swiglu_fwd, T, F, gate_up_T2F, h_TF, F, h_TF.stride(0))
+    return h_TF
+
+
+def swiglu_backward(
+    dh_TF: Tensor, gate_up_T2F: Tensor, room: int = 0, *, again: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the backward kernel.
+
+    Returns:
+        The gradient of gate_up, with room columns free behind each row; and h once more if again.
+    """
+    T, F = dh_TF.shape
+    dgate_up_T2F = with_room(gate_up_T2F, gate_up_T2F.shape, room)
+    h_TF = torch.empty_like(dh_TF) if again else None
+    tensors = dh_TF, gate_up_T2F, dgate_up_T2F, dh_TF if h_TF is None else h_TF
+    _over_rows(_swiglu_bwd, T, F, *tensors, F, dgate_up_T2F.stride(0), AGAIN=again)
+    return dgate_up_T2F, h_TF
 
 
 # ---- autograd ----------------------------------------------------------------------------------
@@ -90,17 +121,11 @@ class _FusedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up_T2F: Tensor) -> Tensor:
         gate_up_T2F = gate_up_T2F.contiguous()
         ctx.save_for_backward(gate_up_T2F)
-        T, F = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
-        h_TF = gate_up_T2F.new_empty(T, F)
-        _over_rows(_swiglu_fwd, T, F, gate_up_T2F, h_TF)
-        return h_TF
+        return swiglu_forward(gate_up_T2F)
 
     @staticmethod
     def backward(ctx: Any, dh_TF: Tensor) -> Tensor:
-        (gate_up_T2F,) = ctx.saved_tensors
-        dgate_up_T2F = torch.empty_like(gate_up_T2F)
-        _over_rows(_swiglu_bwd, *dh_TF.shape, dh_TF.contiguous(), gate_up_T2F, dgate_up_T2F)
-        return dgate_up_T2F
+        return swiglu_backward(dh_TF.contiguous(), *ctx.saved_tensors)[0]
 
 
 def swiglu(gate_up_T2F: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels import Branch
+from bioinstruct.kernels import Branch, Copies
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.lora_settings import TARGETS, LoraSettings, module_path
 from bioinstruct.model.peft_config import CONFIG, read_settings, to_peft
@@ -98,6 +98,7 @@ class Adapters:
         self.taken: list[Factors] = []
         """With PiSSA, what each module's A and B began as, which the model's weights now lack."""
         self._groups: dict[tuple[int, str], list[Module]] = {}
+        self._narrow: tuple[int, Tensor] | None = None
         start_a, start_b = 0, self.num_a
         for place, R, (N, K, start) in zip(chosen, ranks, sizes, strict=True):
             a_RK, b_NR = self._view(start_a, R, K), self._view(start_b, N, R)
@@ -113,17 +114,58 @@ class Adapters:
         view.grad = self.grad_P[part].view(rows, columns)
         return view
 
+    @property
+    def version(self) -> int:
+        """A number that grows with every change of the masters."""
+        return self.flat_P._version
+
+    def ranks(self, layer: int, group: str) -> int:
+        """Sum of the ranks of one fused weight's adapters."""
+        return sum(len(m.a_RK) for m in self._groups.get((layer, group), ()))
+
     def branches(self, layer: int, group: str) -> Sequence[Branch]:
         """The adapters of one fused weight, in the order of its rows; may be empty.
 
-        They are to be scaled by settings.scale, all alike: where a pattern gives a module another
-        scale, the quotient of the two is in its B.
+        They are to be scaled by settings.scale, and by their factor where a pattern gives a module
+        another scale.
         """
         modules, common = self._groups.get((layer, group), ()), self.settings.scale
         return [
-            Branch(m.a_RK, m.b_NR if m.scale == common else m.b_NR * (m.scale / common), m.start)
-            for m in modules
+            Branch(m.a_RK, m.b_NR, m.start, m.scale / common, _number(m.target)) for m in modules
         ]
+
+    def copies(self, layer: int, group: str, dtype: torch.dtype) -> Copies | None:
+        """The masters of one fused weight's adapters in a compute dtype; None without adapters.
+
+        All of them are rounded in one pass, when they are first asked for since they changed.
+        """
+        modules, common = self._groups.get((layer, group), ()), self.settings.scale
+        if not modules:
+            return None
+        flat_P = self._narrowed(dtype)
+        first, K = modules[0].a_RK.storage_offset(), modules[0].a_RK.shape[1]
+        # the A of a group stand one after the other, and are equally wide
+        ranks = self.ranks(layer, group)
+        a_RK, a_grad_RK = (
+            flat[first : first + ranks * K].view(ranks, K) for flat in (flat_P, self.grad_P)
+        )
+        b_NR = [
+            flat_P[m.b_NR.storage_offset() :][: m.b_NR.numel()].view(m.b_NR.shape) for m in modules
+        ]
+        factors = [m.scale / common for m in modules]
+        scaled = [b if f == 1 else b * f for b, f in zip(b_NR, factors, strict=True)]
+        return Copies(a_RK, tuple(scaled), a_grad_RK)
+
+    @torch.inference_mode(mode=False)
+    def _narrowed(self, dtype: torch.dtype) -> Tensor:
+        """The flat masters in a compute dtype: themselves, or a copy as new as they are."""
+        if self.flat_P.dtype == dtype:
+            return self.flat_P
+        version, copy_P = self._narrow or (-1, self.flat_P)
+        if version != self.version or copy_P.dtype != dtype:
+            copy_P = self.flat_P.to(dtype)
+            self._narrow = self.version, copy_P
+        return copy_P
 
     @classmethod
     def starting(
@@ -277,6 +319,12 @@ class Adapters:
         with torch.no_grad():
             for key, place in wanted.items():
                 place.copy_(tensors[key])
+
+
+def _number(target: str) -> int:
+    """Which projection of its group a target is."""
+    group = TARGETS[target][0]
+    return [name for name, (own, _) in TARGETS.items() if own == group].index(target)
 
 
 def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:

@@ -17,8 +17,8 @@ Shapes   T packed tokens, D model width, H query heads, G key/value heads, E hea
          feed-forward width, V vocabulary, N = (H + 2G) * E.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,9 @@ from bioinstruct.kernels import (
     split_rope,
     swiglu,
 )
+from bioinstruct.kernels.dispatch import uses_triton
 from bioinstruct.model.adapters import GROUPS, Adapters
+from bioinstruct.model.augmented_layers import AugmentedLayer, AugmentedLayers, Residual
 from bioinstruct.model.config import LlamaConfig
 
 HEAD_ROWS = 8192
@@ -117,18 +119,24 @@ class Block(nn.Module):
                 return lora_linear(x, weight)
             branches = adapters.branches(self.layer, group)
             site = self.layer * len(GROUPS) + GROUPS.index(group)
-            return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site)
+            copies = adapters.copies(self.layer, group, x.dtype)
+            return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site, copies)
 
         h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
         qkv_TN = linear("qkv", h_TD, self.qkv_ND)
         if self.bias_N is not None:
             qkv_TN = qkv_TN + self.bias_N
-        heads = split_rope(self._normed_heads(qkv_TN), rotation, self.config.num_heads)
+        heads = split_rope(self.normed_heads(qkv_TN), rotation, self.config.num_heads)
         o_THE = attend(self.layer, heads)
         o_TD = linear("o", o_THE.flatten(1), self.o_DM)
         x_TD, h_TD = add_rmsnorm(x_TD, o_TD, self.mlp_norm_D, self.config.norm_eps)
         h_TF = swiglu(linear("gate_up", h_TD, self.gate_up_2FD))
         return x_TD + linear("down", h_TF, self.down_DF)
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The frozen matrices that adapters may go with, by group."""
+        weights = self.qkv_ND, self.o_DM, self.gate_up_2FD, self.down_DF
+        return dict(zip(GROUPS, weights, strict=True))
 
     def pieces(self) -> dict[str, Piece]:
         """Which rows of which parameter hold each tensor of this layer, by its name's end."""
@@ -156,7 +164,7 @@ class Block(nn.Module):
         """Where each tensor of this layer belongs, by the end of its Hugging Face name."""
         return {name: piece.view() for name, piece in self.pieces().items()}
 
-    def _normed_heads(self, qkv_TN: Tensor) -> Tensor:
+    def normed_heads(self, qkv_TN: Tensor) -> Tensor:
         """Norm every head of q and of k, where the model does so."""
         if self.q_norm_E is None or self.k_norm_E is None:
             return qkv_TN
@@ -188,6 +196,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.attention_backend = "sdpa"
+        self.may_augment = True
+        """Whether weights and adapters may share buffers; False where the weights are sharded."""
+        self._augmented: AugmentedLayers | None = None
         self.recomputed_layers = 0
         """So many layers, from the first on, keep only their input for the backward pass. The last
         ones' activations are gone by the time that the first ones' are computed anew."""
@@ -267,23 +278,44 @@ class Llama(nn.Module):
             dropout: masks for the branches, in training only.
         """
         rotation = self.rotation(positions_T)
-        x_TD = functional.embedding(ids_T, self.embedding_VD)
+        residual = Residual(functional.embedding(ids_T, self.embedding_VD))
         recomputed = self.recomputed_layers if torch.is_grad_enabled() else 0
-        for i, block in enumerate(self.blocks):
-            given = x_TD, rotation, attend, adapters, dropout
-            # masks are counted, not drawn, so there is no generator whose state would matter
-            x_TD = (
-                checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
-                if i < recomputed
-                else block(*given)
-            )
-        return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)
+        layers = zip(self.blocks, self._augmented_for(adapters), strict=True)
+        for i, (block, buffers) in enumerate(layers):
+            again = i < recomputed
+            if buffers is not None:
+                residual = _run(buffers, residual, rotation, attend, dropout, again=again)
+                continue
+            given = residual.added(), rotation, attend, adapters, dropout
+            residual = Residual(_run(block, *given, again=again))
+        x_TD, delta_TD, room = residual
+        if delta_TD is None:
+            return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)
+        return add_rmsnorm(x_TD, delta_TD, self.norm_D, self.config.norm_eps, room)[1]
+
+    def _augmented_for(self, adapters: Adapters | None) -> Sequence[AugmentedLayer | None]:
+        """Layers over buffers, made at their first use, or None for those that run plainly."""
+        if not (adapters and self.may_augment and uses_triton(self.norm_D, adapters.flat_P)):
+            return [None] * len(self.blocks)
+        if self._augmented is None or self._augmented.adapters is not adapters:
+            self._augmented = None  # first, or there would be two copies of the weights
+            self._augmented = AugmentedLayers([*self.blocks], adapters)
+        self._augmented.refresh()
+        return self._augmented.layers
 
     def logits(self, pack: Pack, adapters: Adapters | None = None) -> Tensor:
         """(T, V) float32 logits of every token of a pack."""
         attend = self.packed_attention(pack.documents)
         h_TD: Tensor = self(pack.ids_T, pack.positions_T, attend, adapters)
         return (h_TD @ self.head_VD.T).to(torch.promote_types(self.dtype, torch.float32))
+
+
+def _run(layer: Callable[..., Any], *given: Any, again: bool) -> Any:
+    """Compute a layer; with again, once more in the backward pass, which then keeps nothing."""
+    if not again:
+        return layer(*given)
+    # masks are counted, not drawn, so there is no generator whose state would matter
+    return checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def _rotation(positions_T: Tensor, inverse_frequency_E: Tensor, dtype: torch.dtype) -> Rotation:

@@ -50,6 +50,9 @@ class LoraSettings:
     """Scale by alpha / sqrt(r) instead, so that high ranks do not learn less."""
     dropout: float = 0.0
     """Probability of dropping an input of the branches in training, 0 <= dropout < 1."""
+    dropout_per_module: bool = False
+    """A mask for each projection, as PEFT draws it, instead of one for those that share an input;
+    slower on a GPU."""
     targets: tuple[str, ...] = tuple(TARGETS)
     """Adapted projections, by PEFT's names."""
     layers: tuple[int, ...] = ()
@@ -78,6 +81,8 @@ class LoraSettings:
                 raise ValueError(f"lora.{name} = {alpha} must be a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout} must be at least 0 and below 1")
+        if self.dropout_per_module and not self.dropout:
+            raise ValueError("lora.dropout_per_module has no effect without lora.dropout; set both")
         if not (math.isfinite(self.plus_ratio) and self.plus_ratio >= 1):
             raise ValueError(f"lora.plus_ratio = {self.plus_ratio} must be a number of 1 or more")
         if not self.targets:
@@ -149,7 +154,8 @@ class LoraSettings:
         Raises:
             ValueError: this run asks for another shape than the file has.
         """
-        training, default = ("dropout", "init_from", "plus_ratio"), LoraSettings()
+        training = "dropout", "dropout_per_module", "init_from", "plus_ratio"
+        default = LoraSettings()
         for own in dataclasses.fields(self):
             asked, has = getattr(self, own.name), getattr(found, own.name)
             free = own.name in training or asked == getattr(default, own.name)

@@ -81,6 +81,8 @@ def _mesh(ranks: Ranks, mode: str) -> DeviceMesh:
 
 def shard(model: Llama, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Make a model's blocks, and the rest of it, FSDP2 groups that compute in dtype."""
+    # adapters in one buffer with weights would be sharded with them
+    model.may_augment = False
     # inputs are cast by nobody: angles stay float32
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,

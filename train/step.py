@@ -167,8 +167,8 @@ def add_gradient(
     """
     pack, dropout = batch.pack, None
     if adapters is not None and adapters.settings.dropout:
-        p = adapters.settings.dropout
-        dropout = Dropout(p, dropout_seed, pack.positions_T, batch.draws_T)
+        p, own = adapters.settings.dropout, adapters.settings.dropout_per_module
+        dropout = Dropout(p, dropout_seed, pack.positions_T, batch.draws_T, own)
     attend = model.packed_attention(pack.documents)
     h_TD = model(pack.ids_T, pack.positions_T, attend, adapters, dropout)
     loss = linear_cross_entropy(h_TD, model.head_VD, batch.rows_S, batch.labels_S, scale)

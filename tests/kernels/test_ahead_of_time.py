@@ -53,10 +53,10 @@ def test_kernels_stay_within_their_baseline(
 @pytest.mark.slow
 def test_every_kernel_is_compiled(rows: Sequence[dict[str, Any]]) -> None:
     assert {row["kernel"].split("[")[0] for row in rows} == {
-        "_adamw", "_gemm_lora", "_gradient_of_a", "_mask", "_masked_expand", "_rmsnorm_bwd",
-        "_rmsnorm_dw",
-        "_rmsnorm_fwd", "_rotate", "_shrink", "_shrink_dy", "_softmax_gradient", "_square_sums",
-        "_sum_parts", "_swiglu_bwd", "_swiglu_fwd",
+        "_adamw", "_gemm_lora", "_gradient_of_a", "_mask", "_masked_expand", "_mirror",
+        "_norm_bwd_da", "_norm_sums", "_norm_t", "_rmsnorm_bwd", "_rmsnorm_dw", "_rmsnorm_fwd",
+        "_rotate", "_shrink", "_shrink_dy", "_softmax_gradient", "_square_sums", "_sum_parts",
+        "_swiglu_bwd", "_swiglu_bwd_lora", "_swiglu_fwd", "_swiglu_t", "_turn_back_lora",
     }  # fmt: skip
 
 

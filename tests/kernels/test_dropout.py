@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bioinstruct.kernels import Branch, lora_linear
 from bioinstruct.kernels.dropout import Dropout, philox
 
 ONES = 0xFFFFFFFF
@@ -71,3 +72,26 @@ def test_sites_and_draws_differ() -> None:
     other = Dropout(0.5, 1, torch.arange(64), zero + 1)
     assert not torch.equal(first.mask(0, 64, torch.float32), first.mask(1, 64, torch.float32))
     assert not torch.equal(first.mask(0, 64, torch.float32), other.mask(0, 64, torch.float32))
+
+
+@pytest.mark.parametrize("per_module", [False, True])
+def test_projections_share_a_mask_or_have_their_own(per_module: bool) -> None:
+    """Two branches that copy their masked input, against the independent version of the masks."""
+    positions, draws = torch.arange(6), torch.full((6,), 9)
+    dropout = Dropout(0.4, 77, positions, draws, per_module)
+    x, one = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).double(), torch.eye(16)
+    masters = [one.double().clone().requires_grad_() for _ in range(4)]
+    # the second of three projections has no branch
+    branches = [Branch(*masters[:2], 0, number=0), Branch(*masters[2:], 32, number=2)]
+    y = lora_linear(x, torch.zeros(48, 16).double(), branches, 1.0, dropout, site=5)
+    sites = [5 + ((1 + n) << 24) for n in (0, 2)] if per_module else [5, 5]
+    for site, rows in zip(sites, (slice(16), slice(32, 48)), strict=True):
+        mask = np.stack([numpy_mask(0.4, 77, t, 9, site, 16) for t in range(6)])
+        np.testing.assert_allclose(y[:, rows].detach().numpy(), x.numpy() * mask, rtol=1e-12)
+    assert not y[:, 16:32].any()
+    y.sum().backward()
+    for site, a in zip(sites, masters[::2], strict=True):
+        mask = np.stack([numpy_mask(0.4, 77, t, 9, site, 16) for t in range(6)])
+        exact = np.broadcast_to((x.numpy() * mask).sum(0), (16, 16))
+        assert a.grad is not None
+        np.testing.assert_allclose(a.grad.numpy(), exact, rtol=1e-12)

@@ -5,6 +5,7 @@ shapes that divide nothing. torch.empty is filled with NaN (conftest.py), so tha
 not written shows.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,12 +30,19 @@ from bioinstruct.kernels import (
     split_rope,
     swiglu,
 )
-from bioinstruct.kernels.adamw import adamw_, global_norm
-from bioinstruct.kernels.augmented import Augmented, augmented_linear, extended, with_room
+from bioinstruct.kernels.adamw import (
+    adamw_,
+    clip_factor,
+    clip_factor_tensor,
+    global_norm,
+)
+from bioinstruct.kernels.augmented import Augmented, augmented_linear
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy_reference
 from bioinstruct.kernels.lora import lora_linear_reference
+from bioinstruct.kernels.mirror import Mirror, Place
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
 from bioinstruct.kernels.rope import rope_reference
+from bioinstruct.kernels.rows import extended, with_room
 from bioinstruct.kernels.swiglu import swiglu_reference
 from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.train.step import Optimizer, train_step
@@ -239,6 +247,52 @@ def test_the_norm_shows_what_is_not_finite(bad: float) -> None:
     assert not global_norm(g).isfinite()
 
 
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
+def test_a_clip_factor_that_is_on_its_way(limit: float, choice: str) -> None:
+    p, g, m, v = (t.float().to(DEVICE) for t in normal((2000,), (2000,), (2000,), (2000,)))
+    found = []
+    with dispatch.forced(choice):
+        for late in (False, True):
+            own = [t.clone() for t in (p, g, m.square(), v.square())]
+            norm = global_norm(own[1])
+            early = clip_factor(float(norm), limit)
+            factor = clip_factor_tensor(norm, limit) if late else early
+            adamw_(*own, lr=0.1, step=3, grad_factor=factor)  # type: ignore[arg-type]
+            found.append(own)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_step_is_skipped_without_waiting(bad: float, choice: str) -> None:
+    p, g, m, v = (t.float().to(DEVICE) for t in normal((2000,), (2000,), (2000,), (2000,)))
+    before = [t.clone() for t in (p, m, v)]
+    g[1234] = bad
+    with dispatch.forced(choice):
+        adamw_(p, g, m, v, lr=0.1, step=3, grad_factor=clip_factor_tensor(global_norm(g), 1.0))
+    assert all(torch.equal(a, b) for a, b in zip((p, m, v), before, strict=True))
+
+
+@each_dtype
+def test_one_launch_copies_masters_to_all_their_places(dtype: torch.dtype) -> None:
+    (flat,) = normal((5000,))
+    flat = flat.float().to(DEVICE)
+    wide = torch.zeros(70, 90, dtype=dtype, device=DEVICE)
+    places = [
+        Place(0, wide[:30, :80], 1.0),  # 2,400 numbers, more than a tile
+        Place(2400, wide[30:33, 5:6], -2.0),
+        Place(4000, wide[40:60, 40:90], 0.5),
+    ]
+    exact = torch.zeros_like(wide)
+    exact[:30, :80] = flat[:2400].view(30, 80)
+    exact[30:33, 5:6] = -2 * flat[2400:2403, None]
+    exact[40:60, 40:90] = 0.5 * flat[4000:].view(20, 50)
+    Mirror(places).refresh(flat)
+    assert torch.equal(wide, exact)
+
+
 # ---- dropout -----------------------------------------------------------------------------------
 
 
@@ -296,6 +350,26 @@ def test_lora_linear(
     # the sums over tokens are rounded between s, t and dA in another place than eager's
     inputs = [0.3 * x for x in normal((T, K), *shapes)]
     check(call(lora_linear), call(lora_linear_reference), inputs, dtype, DEVICE, roundings=2)
+
+
+@pytest.mark.parametrize("group", [GROUPS[1], GROUPS[5]])
+def test_lora_linear_with_a_mask_for_each_branch(
+    group: tuple[int, int, list[tuple[int, int, int]]],
+) -> None:
+    N, K, parts = group
+    dropout = dataclasses.replace(masks(0.3, 40), per_module=True)
+    x, weight, dy = (t.float().to(DEVICE) for t in normal((40, K), (N, K), (40, N)))
+    shapes = [s for _, rows, rank in parts for s in ((rank, K), (rows, rank))]
+    found = []
+    for op in (lora_linear, lora_linear_reference):
+        leaves = [t.float().to(DEVICE).requires_grad_() for t in (x, *normal(*shapes))]
+        pairs = zip(leaves[1::2], leaves[2::2], parts, strict=True)
+        branches = [Branch(a, b, part[0], 1.5, i) for i, (a, b, part) in enumerate(pairs)]
+        y = op(leaves[0], weight, branches, 0.5, dropout, 2)
+        y.backward(dy)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
 
 
 class _Roomy(torch.autograd.Function):
@@ -370,10 +444,10 @@ def test_room_is_never_anothers_columns() -> None:
     assert extended(with_room(wide, (5, 16), 8), 8) is not None
 
 
-@pytest.mark.parametrize("ranks", [[], [193], [100, 93]])
+@pytest.mark.parametrize("ranks", [[193], [100, 93]])
 def test_ranks_that_an_augmented_buffer_does_not_take(ranks: list[int]) -> None:
     branches = [Branch(torch.zeros(r, 4), torch.zeros(2, r), 2 * i) for i, r in enumerate(ranks)]
-    with pytest.raises(ValueError, match="takes 1 to 192 ranks"):
+    with pytest.raises(ValueError, match="takes 192 ranks at most"):
         Augmented(torch.zeros(6, 4), branches)
 
 
@@ -565,7 +639,7 @@ def test_a_training_step_is_the_references(p: float) -> None:
             result = train_step(model, optimizer, batches, int(tokens.supervised.sum()), 1e-3, 5)
         found.append((result, optimizer.m_P, optimizer.v_P))
     (one, m, v), (two, m2, v2) = found
-    assert two == pytest.approx(one, rel=1e-5)
+    assert two[:2] == pytest.approx(one[:2], rel=1e-5)
     assert m.abs().max() > 0
     torch.testing.assert_close(m2, m, rtol=1e-3, atol=1e-5 * float(m.abs().max()))
     torch.testing.assert_close(v2, v, rtol=1e-3, atol=1e-5 * float(v.abs().max()))

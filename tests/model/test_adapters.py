@@ -100,7 +100,7 @@ def test_branches_of_one_scale_do_what_each_module_s_scale_says(stories: Llm, gr
     branches = adapters.branches(2, group)
     assert len(branches) == len(modules)
     for module, branch in zip(modules, branches, strict=True):
-        delta = adapters.settings.scale * branch.b_NR @ branch.a_RK
+        delta = adapters.settings.scale * branch.factor * branch.b_NR @ branch.a_RK
         assert torch.allclose(delta, module.scale * module.b_NR @ module.a_RK, atol=1e-6)
 
 
@@ -264,3 +264,27 @@ def test_a_full_disk_leaves_the_old_adapter(
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_the_masters_follow_them(stories: Llm, dtype: torch.dtype) -> None:
+    adapters = made(stories, rank_pattern={"k_proj": 2}, alpha_pattern={"v_proj": 3.0})
+    for _ in range(2):
+        for group in ("qkv", "gate_up", "down"):
+            copies = adapters.copies(1, group, dtype)
+            branches = adapters.branches(1, group)
+            assert copies is not None
+            stacked = torch.cat([branch.a_RK for branch in branches])
+            assert torch.equal(copies.a_RK, stacked.to(dtype))
+            gradients = [branch.a_RK.grad for branch in branches]
+            assert torch.equal(copies.a_grad_RK, torch.cat(gradients))  # type: ignore[arg-type]
+            for copy, branch in zip(copies.b_NR, branches, strict=True):
+                exact = branch.b_NR.to(dtype) * branch.factor
+                torch.testing.assert_close(copy, exact, rtol=1e-6, atol=0)
+        with torch.no_grad():
+            adapters.grad_P.normal_()
+            adapters.flat_P.mul_(-2.5)
+
+
+def test_a_layer_without_adapters_has_no_copies(stories: Llm) -> None:
+    assert made(stories, targets=("q_proj",)).copies(0, "down", torch.float32) is None

@@ -49,6 +49,7 @@ def test_flags_beat_the_recipe_and_the_recipe_beats_defaults(tmp_path: Path) -> 
         ("lora.r=257", "allowed are 1 to 256"),
         ("lora.alpha=0", "must be a positive number"),
         ("lora.dropout=1", "below 1"),
+        ("lora.dropout_per_module=true", "has no effect without lora.dropout"),
         ("lora.targets=[]", "lora.targets is empty"),
         ("lora.plus_ratio=0.5", "lora.plus_ratio = 0.5 must be a number of 1 or more"),
         ("lora.layers=[true]", "lora.layers = .* must be a list of whole numbers"),
