@@ -60,7 +60,7 @@ def test_flags_beat_the_recipe_and_the_recipe_beats_defaults(tmp_path: Path) -> 
         ("train.decay_share=0", "train.decay_share = 0.0 must be above 0"),
         ('lora.targets=["qproj"]', "did you mean q_proj"),
         ('lora.targets=["lm_head"]', "lm_head cannot carry an adapter"),
-        ("shard=full", "allowed are auto, none"),
+        ("shard=half", "allowed are auto, none, full, hybrid"),
         ("eval.tasks=pubmedqa", "must be NAME=PATH"),
         ("eval.limit=0", "must be greater than 0"),
         ("nothing", "must be key=value"),
