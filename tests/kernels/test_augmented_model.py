@@ -56,7 +56,7 @@ def gradient(choice: str, model: Llama, adapters: Adapters) -> tuple[float, Tens
     with dispatch.forced(choice):
         batches = make_batches(tokens, DOCUMENTS[1], DEVICE)
         scale = 1 / int(tokens.supervised.sum())
-        loss = sum(add_gradient(model, adapters, batch, scale, 5) for batch in batches)
+        loss = sum(float(add_gradient(model, adapters, batch, scale, 5)) for batch in batches)
     return loss, adapters.grad_P.clone()
 
 
