@@ -10,6 +10,7 @@ shard = auto takes none where that fits into the memory that is free, else full.
 nothing, whatever is asked for: a recipe for eight GPUs runs on one.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ def masters_of(run: Run, llm: Llm, ranks: Ranks) -> Masters:
     """Make what trains: adapters, which the model then carries, or all of its weights.
 
     Raises:
-        ValueError: as for Adapters.starting.
+        ValueError: as for Adapters.starting and check_alike.
     """
     model = llm.model
     is_sharded = isinstance(model, FSDPModule)
@@ -137,6 +138,7 @@ def masters_of(run: Run, llm: Llm, ranks: Ranks) -> Masters:
         llm.adapters = Adapters.starting(
             llm.config, run.lora, model.device, run.train.seed, weights
         )
+        check_alike(llm.adapters, ranks)
         return LoraMasters(llm.adapters, is_sharded=is_sharded)
     if is_sharded:
         return ShardedWeights(model, ranks)
@@ -145,3 +147,19 @@ def masters_of(run: Run, llm: Llm, ranks: Ranks) -> Masters:
         # the masters start with what the files hold, not with what is left of it in bfloat16
         whole.read(open_checkpoint(llm.path))
     return whole
+
+
+def check_alike(adapters: Adapters, ranks: Ranks) -> None:
+    """Refuse ranks that begin with different adapters: no sum would ever bring them together.
+
+    Raises:
+        ValueError: they differ, as PiSSA's decompositions do on unlike processors.
+    """
+    own = hashlib.sha256(adapters.flat_P.detach().cpu().numpy().tobytes()).hexdigest()
+    others = [rank for rank, digest in enumerate(ranks.gather(own)) if digest != own]
+    if others:
+        raise ValueError(
+            f"the adapters of ranks {ranks.rank} and {others[0]} start with different numbers: "
+            "their processors or libraries differ; use machines that are alike, or leave lora.init "
+            "out"
+        )

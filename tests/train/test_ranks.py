@@ -1,11 +1,18 @@
 """Dealing, one rank alone, and what the environment may ask for."""
 
+from typing import TypeVar, cast
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioinstruct.train.ranks import ALONE, deal, joined
+from bioinstruct.model.adapters import Adapters, LoraSettings
+from bioinstruct.model.llm import Llm
+from bioinstruct.train.base import check_alike
+from bioinstruct.train.ranks import ALONE, Ranks, deal, joined
+
+T = TypeVar("T")
 
 COSTS = st.lists(st.integers(1, 1000).map(float), max_size=60)
 
@@ -55,3 +62,21 @@ def test_a_timeout_must_be_a_time(text: str, monkeypatch: pytest.MonkeyPatch) ->
     sentence = f"RANK_TIMEOUT_S = '{text}' must be a number"
     with pytest.raises(ValueError, match=sentence), joined("cpu"):
         pass
+
+
+def test_ranks_that_start_with_different_adapters_are_refused(stories: Llm) -> None:
+    class Pair(Ranks):
+        """Two ranks, of which the other says what it is told to."""
+
+        said = ""
+
+        def gather(self, value: T) -> list[T]:
+            return [value, cast(T, self.said or value)]
+
+    adapters = Adapters(stories.config, LoraSettings(r=2))
+    adapters.initialise(0)
+    pair = Pair(0, 2)
+    check_alike(adapters, pair)
+    pair.said = "another digest"
+    with pytest.raises(ValueError, match="ranks 0 and 1 start with different numbers"):
+        check_alike(adapters, pair)
