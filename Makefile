@@ -5,6 +5,8 @@
 CANDIDATES = python3 python3.11 python3.12 python3.13 python
 PYTHON =
 VENV = .venv
+# a process of the tests for each CPU that we may use, 8 at the most; each computes in one thread
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -lt 8 ] && echo $$n || echo 8)
 RUN = $(VENV)/bin/python
 
 # install anew when pyproject.toml changes, or the clone moves (the install holds its path)
@@ -29,8 +31,8 @@ demo: $(FOR_DEMO)
 	@$(RUN) train/main.py
 
 test: $(FOR_TEST)
-	@echo "running the tests: $(RUN) -m pytest"
-	@$(RUN) -m pytest -q -rs --durations=10
+	@echo "running the tests: $(RUN) -m pytest, $(WORKERS) processes"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs --durations=10 -n $(WORKERS) --dist loadfile
 
 check: lint test
 

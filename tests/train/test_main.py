@@ -285,7 +285,7 @@ BAD: list[tuple[Callable[[Path, Path], dict[str, str]], str]] = [
     (lambda d, t: {"data.template": "chatml"}, "chatml.*needs the control token"),
     (lambda d, t: {"data.template": "alpacca"}, "no template is called 'alpacca'"),
     (lambda d, t: {"device": "gpu"}, "device = 'gpu' is unknown"),
-    (lambda d, t: {"attention": "flash3"}, "attention = 'flash3' is unknown"),
+    (lambda d, t: {"attention": "flash9"}, "attention = 'flash9' is unknown"),
     (lambda d, t: {"data.validation": "0.99"}, "leaves none to train on"),
     (lambda d, t: {"eval.tasks": f"pubmedqa={t}/x"}, "x"),
     (lambda d, t: {"eval.tasks": f"pubmedq={t}/x"}, "did you mean pubmedqa"),

@@ -133,10 +133,12 @@ def test_saved_bytes_of_a_layer_by_hand() -> None:
     # inputs of both norms and of the four products, q k v, gate and up; t of every product,
     # 1 / root mean square of both norms, log-sum-exp of attention
     hand = T * (b * (4 * D + H * E + N + 3 * F + 7 * r) + 2 * 4 + 4 * H)
-    assert layer == hand
+    # the masters are narrowed once a step, for all packs and whatever is computed again
+    copies = b * (adapter_count(deeper.config, ALL) - adapter_count(SMALL, ALL))
+    assert layer == hand + copies
     # a layer that is computed again keeps its input alone
     kept = pass_bytes(deeper, pack, 3).saved - pass_bytes(setup, pack, 3).saved
-    assert kept == hand
+    assert kept == hand + copies
     again = pass_bytes(setup, pack, 3).saved - pass_bytes(setup, pack, 4).saved
     assert again == hand - T * b * D
 
