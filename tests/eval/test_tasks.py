@@ -171,7 +171,7 @@ def test_pubmedqa_labels_must_fit(tmp_path: Path, labels: dict[str, str], messag
         find_task("pubmedqa").items(tmp_path / "ori_pqal.json.gz")
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=str)
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_a_form_must_be_known(task: Task) -> None:
     with pytest.raises(ValueError, match=f"task {task.name}: --form must be .*, not 'xml'"):
         task.items(FILES[task.name], "xml")
