@@ -67,7 +67,12 @@ def main() -> None:
     interrupt_on_usr1()
     if os.environ.get("RANK", "0") != "0":
         console.mute()
-    console.run(command)
+    # torch is imported only for several ranks, so that --help and wrong usage answer at once
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        console.run(command)
+    from bioinstruct.train.ranks import to_its_end
+
+    to_its_end(lambda: console.run(command))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ torchrun, whose patience is not that of a collective.
 import heapq
 import os
 import pickle
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -197,6 +199,29 @@ def joined(device: str) -> Iterator[Ranks]:
         # not after an error: the other ranks may be anywhere, and the process ends
         dist.barrier()
     dist.destroy_process_group()
+
+
+def to_its_end(work: Callable[[], object]) -> None:
+    """Do a process's work; one of several then ends at once, with the work's exit code.
+
+    The interpreter's own shutdown is left out there: threads of gloo or NCCL that still ask for the
+    interpreter would abort a process that has done its work.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        work()
+        return
+    code = 0
+    try:
+        work()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from bioinstruct.train.demo import resolve
 from bioinstruct.train.full import WholeWeights
 from bioinstruct.train.masters import LoraMasters, Masters
 from bioinstruct.train.planner import Planner
-from bioinstruct.train.ranks import Ranks, deal, joined
+from bioinstruct.train.ranks import Ranks, deal, joined, to_its_end
 from bioinstruct.train.sharding import ShardedWeights, sharded_model
 from bioinstruct.train.step import Optimizer, train_step
 from bioinstruct.train.tokens import Limits, TokenSet, encode_records
@@ -151,4 +151,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    to_its_end(main)

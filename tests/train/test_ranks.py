@@ -1,5 +1,8 @@
 """Dealing, one rank alone, and what the environment may ask for."""
 
+import os
+import subprocess
+import sys
 from typing import TypeVar, cast
 
 import pytest
@@ -80,3 +83,23 @@ def test_ranks_that_start_with_different_adapters_are_refused(stories: Llm) -> N
     pair.said = "another digest"
     with pytest.raises(ValueError, match="ranks 0 and 1 start with different numbers"):
         check_alike(adapters, pair)
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("pass", 0), ("sys.exit(3)", 3), ("sys.exit('a sentence')", 1), ("raise KeyError('x')", 1)],
+)
+def test_a_rank_ends_at_once_with_its_code(last: str, code: int) -> None:
+    """What the interpreter would do at its end, as the last line of the output, does not come."""
+    script = (
+        "import atexit, sys\n"
+        "from bioinstruct.train.ranks import to_its_end\n"
+        "atexit.register(print, 'shut down')\n"
+        f"def work():\n    print('worked')\n    {last}\n"
+        "to_its_end(work)\n"
+    )
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "worked\n")
+    assert ("KeyError" in ended.stderr) == ("KeyError" in last)

@@ -17,7 +17,7 @@ from bioinstruct.kernels import linear_cross_entropy
 from bioinstruct.synth import console
 from bioinstruct.train import step
 from bioinstruct.train.prepare import Prepared, prepare
-from bioinstruct.train.ranks import Ranks, joined
+from bioinstruct.train.ranks import Ranks, joined, to_its_end
 from bioinstruct.train.run import read_run
 from bioinstruct.train.trainer import Trainer
 
@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    to_its_end(main)
