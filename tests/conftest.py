@@ -24,6 +24,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs an NVIDIA GPU")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number: gzip's hold the time, and all processes must agree on names."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 # a busy machine is no failure; what is slow shows among the durations that make test prints
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
