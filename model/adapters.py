@@ -12,10 +12,11 @@ names and meaning (lora_settings.py, peft_config.py).
 Shapes   K input and N output features of a projection, R rank, P = all adapter parameters.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels import Branch, Copies
+from bioinstruct.kernels.lora_copied import CopiedB
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.lora_settings import TARGETS, LoraSettings, module_path
 from bioinstruct.model.peft_config import CONFIG, read_settings, to_peft
@@ -98,14 +100,14 @@ class Adapters:
         self.taken: list[Factors] = []
         """With PiSSA, what each module's A and B began as, which the model's weights now lack."""
         self._groups: dict[tuple[int, str], list[Module]] = {}
-        self._narrow: tuple[int, Tensor] | None = None
+        self._copies: dict[tuple[int, str], Copies] = {}
+        self._copied: tuple[int, torch.dtype] | None = None
         start_a, start_b = 0, self.num_a
         for place, R, (N, K, start) in zip(chosen, ranks, sizes, strict=True):
             a_RK, b_NR = self._view(start_a, R, K), self._view(start_b, N, R)
             start_a, start_b = start_a + R * K, start_b + N * R
-            module = Module(*place, a_RK, b_NR, start, settings.scale_of(module_path(*place)))
-            self.modules.append(module)
-            self._groups.setdefault((module.layer, TARGETS[module.target][0]), []).append(module)
+            scale = settings.scale_of(module_path(*place))
+            self._add(Module(*place, a_RK, b_NR, start, scale))
 
     def _view(self, offset: int, rows: int, columns: int) -> Tensor:
         """A leaf whose data and gradient are parts of the flat buffers; autograd adds in place."""
@@ -113,6 +115,20 @@ class Adapters:
         view = self.flat_P[part].view(rows, columns).requires_grad_()
         view.grad = self.grad_P[part].view(rows, columns)
         return view
+
+    def twin(self) -> "Adapters":
+        """The same masters, with a gradient of their own."""
+        other = copy.copy(self)
+        other.grad_P = torch.zeros_like(self.grad_P)
+        other.modules, other._groups, other._copied = [], {}, None
+        for m in self.modules:
+            a_RK, b_NR = (other._view(x.storage_offset(), *x.shape) for x in (m.a_RK, m.b_NR))
+            other._add(replace(m, a_RK=a_RK, b_NR=b_NR))
+        return other
+
+    def _add(self, module: Module) -> None:
+        self.modules.append(module)
+        self._groups.setdefault((module.layer, TARGETS[module.target][0]), []).append(module)
 
     @property
     def version(self) -> int:
@@ -135,37 +151,36 @@ class Adapters:
         ]
 
     def copies(self, layer: int, group: str, dtype: torch.dtype) -> Copies | None:
-        """The masters of one fused weight's adapters in a compute dtype; None without adapters.
+        """The adapters of one fused weight in a compute dtype; None where it has none.
 
-        All of them are rounded in one pass, when they are first asked for since they changed.
+        All masters are rounded in one pass, when they are first asked for since they changed.
         """
-        modules, common = self._groups.get((layer, group), ()), self.settings.scale
-        if not modules:
-            return None
-        flat_P = self._narrowed(dtype)
-        first, K = modules[0].a_RK.storage_offset(), modules[0].a_RK.shape[1]
-        # the A of a group stand one after the other, and are equally wide
-        ranks = self.ranks(layer, group)
-        a_RK, a_grad_RK = (
-            flat[first : first + ranks * K].view(ranks, K) for flat in (flat_P, self.grad_P)
-        )
-        b_NR = [
-            flat_P[m.b_NR.storage_offset() :][: m.b_NR.numel()].view(m.b_NR.shape) for m in modules
-        ]
-        factors = [m.scale / common for m in modules]
-        scaled = [b if f == 1 else b * f for b, f in zip(b_NR, factors, strict=True)]
-        return Copies(a_RK, tuple(scaled), a_grad_RK)
+        if (self.version, dtype) != self._copied:
+            self._copies = self._copied_groups(dtype)
+            self._copied = self.version, dtype
+        return self._copies.get((layer, group))
 
     @torch.inference_mode(mode=False)
-    def _narrowed(self, dtype: torch.dtype) -> Tensor:
-        """The flat masters in a compute dtype: themselves, or a copy as new as they are."""
-        if self.flat_P.dtype == dtype:
-            return self.flat_P
-        version, copy_P = self._narrow or (-1, self.flat_P)
-        if version != self.version or copy_P.dtype != dtype:
-            copy_P = self.flat_P.to(dtype)
-            self._narrow = self.version, copy_P
-        return copy_P
+    @torch.no_grad()
+    def _copied_groups(self, dtype: torch.dtype) -> dict[tuple[int, str], Copies]:
+        narrow = self.flat_P[: self.num_a].to(dtype)
+        return {place: self._copied_group(own, narrow) for place, own in self._groups.items()}
+
+    def _copied_group(self, modules: Sequence[Module], narrow: Tensor) -> Copies:
+        """Copy B; narrow is every A of the model in the compute dtype."""
+        first, K = modules[0].a_RK.storage_offset(), modules[0].a_RK.shape[1]
+        # the A of a group stand one after the other, and are equally wide
+        ranks = sum(len(m.a_RK) for m in modules)
+        a_RK, a_grad_RK = (
+            flat[first : first + ranks * K].view(ranks, K) for flat in (narrow, self.grad_P)
+        )
+        branches, rank = [], 0
+        for m in modules:
+            b_NR = (m.b_NR * m.scale).to(narrow.dtype)
+            assert m.b_NR.grad is not None
+            branches.append(CopiedB(b_NR, m.b_NR.grad, m.scale, m.start, rank))
+            rank += len(m.a_RK)
+        return Copies(a_RK, a_grad_RK, branches, modules[0].a_RK)
 
     @classmethod
     def starting(

@@ -32,6 +32,7 @@ from bioinstruct.kernels import (
     Rotation,
     add_rmsnorm,
     attention,
+    copied_lora_linear,
     lora_linear,
     rmsnorm,
     split_rope,
@@ -117,10 +118,14 @@ class Block(nn.Module):
         def linear(group: str, x: Tensor, weight: Tensor) -> Tensor:
             if adapters is None:
                 return lora_linear(x, weight)
-            branches = adapters.branches(self.layer, group)
-            site = self.layer * len(GROUPS) + GROUPS.index(group)
+            site, settings = self.layer * len(GROUPS) + GROUPS.index(group), adapters.settings
+            if uses_triton(x, weight) or settings.dropout_per_module:
+                branches = adapters.branches(self.layer, group)
+                return lora_linear(x, weight, branches, settings.scale, dropout, site)
             copies = adapters.copies(self.layer, group, x.dtype)
-            return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site, copies)
+            if copies is None:
+                return lora_linear(x, weight)
+            return copied_lora_linear(x, weight, copies, dropout, site)
 
         h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
         qkv_TN = linear("qkv", h_TD, self.qkv_ND)

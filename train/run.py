@@ -169,6 +169,9 @@ class TrainSettings:
     """Layers, from the first on, that keep only their input and compute the rest again in the
     backward pass: less memory, at most half as much work again with LoRA; auto: the fewest with
     which the largest pack should fit."""
+    packs_at_once: int | str = "auto"
+    """Packs that a CPU takes side by side, each with a share of its threads: faster, and the memory
+    of so many packs; auto: 4, but no more than there are threads, or than fit. A GPU takes one."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is skipped; end after so many in a row."""
     spikes: float = 10.0
@@ -198,6 +201,10 @@ class TrainSettings:
             _one_of("train.checkpoint_layers", self.checkpoint_layers, ("auto",))
         else:
             _not_negative("train.checkpoint_layers", self.checkpoint_layers)
+        if isinstance(self.packs_at_once, str):
+            _one_of("train.packs_at_once", self.packs_at_once, ("auto",))
+        else:
+            _positive("train.packs_at_once", self.packs_at_once)
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
         if not 0 <= self.ema < 1:

@@ -31,6 +31,7 @@ from bioinstruct.train.planner import StepPlan, learning_rate
 from bioinstruct.train.prepare import Prepared, own_batches
 from bioinstruct.train.profiling import Profile
 from bioinstruct.train.room import halve, try_worst_pack
+from bioinstruct.train.side_by_side import SideBySide
 from bioinstruct.train.standing import Standing
 from bioinstruct.train.step import Optimizer, OutOfRoom, StepResult, train_step
 from bioinstruct.train.stops import stop_requests
@@ -73,6 +74,7 @@ class Trainer:
             clip=self.settings.clip,
             ema=self.settings.ema,
         )
+        self.beside = side_by_side(prepared)
         room = prepared.planner.max_tokens
         self.standing = Standing(max_tokens=room, asked_tokens=room)
         self.checkpoints = Checkpoints(prepared, out, self.optimizer)
@@ -219,6 +221,7 @@ class Trainer:
                     lr,
                     settings.seed,
                     prepared.ranks,
+                    self.beside,
                     lambda: [len(asked)],
                     lambda: self._look_ahead(step + 1),
                 )
@@ -332,6 +335,15 @@ class Trainer:
     def _draw(self) -> None:
         lines = (self.out / folder.METRICS).read_text(encoding="utf-8").splitlines()
         write_text(self.out / "loss.svg", loss_svg([json.loads(line) for line in lines]))
+
+
+def side_by_side(prepared: Prepared) -> SideBySide | None:
+    """What takes a run's packs several at once, or None where one is taken."""
+    number, adapters = prepared.run.train.packs_at_once, prepared.adapters
+    assert isinstance(number, int)
+    if number == 1 or adapters is None:
+        return None
+    return SideBySide(prepared.llm.config, adapters, number)
 
 
 def _named(wanted: str, scores: dict[str, dict[str, float]] | None, prepared: Prepared) -> float:

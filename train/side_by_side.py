@@ -1,0 +1,98 @@
+"""Packs of a step taken side by side on a CPU, each by a share of its threads.
+
+The operations of one pack are small: split over threads, each waits for the slowest of them, and
+the smallest are not split at all. Whole packs beside each other wait for nothing, and on two cores
+take four fifths of the time (LOG.md); the price is the memory of so many packs. A thread adds its
+packs' gradients into a buffer of its own, dearest pack first, and the buffers are added up in
+order, so the same packs and threads give the same bits.
+
+Shapes   P = all adapter parameters.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.config import LlamaConfig
+from bioinstruct.train.batch import Batch
+from bioinstruct.train.metrics import step_flops
+from bioinstruct.train.ranks import deal
+
+MOST = 4
+"""Packs at once where that is left open: each holds its activations."""
+
+Add = Callable[[Adapters, Batch], Tensor]
+"""Adds a pack's gradient to the adapters' and returns its loss."""
+
+
+class SideBySide:
+    """Adds gradients of packs, several at once.
+
+    Args:
+        config: the model's shape.
+        adapters: whose gradient is wanted.
+        number: packs at once.
+    """
+
+    def __init__(self, config: LlamaConfig, adapters: Adapters, number: int) -> None:
+        self.config, self.adapters, self.number = config, adapters, number
+        self._twins = [adapters.twin() for _ in range(number - 1)]
+
+    def __call__(self, batches: Sequence[Batch], add: Add) -> list[Tensor]:
+        """Add the gradients of all packs.
+
+        Args:
+            batches: the packs.
+            add: what computes one.
+
+        Returns:
+            The losses, in the packs' order.
+
+        Raises:
+            Exception: what add raised, after all threads have ended.
+        """
+        # no more than packs, so that each has its share of the threads
+        number = max(1, min(self.number, len(batches)))
+        losses: dict[int, Tensor] = {}
+
+        def take(adapters: Adapters, hand: list[int]) -> None:
+            for i in hand:
+                losses[i] = add(adapters, batches[i])
+
+        if number == 1:
+            take(self.adapters, [*range(len(batches))])
+            return [losses[i] for i in range(len(batches))]
+        everyone = [self.adapters, *self._twins][:number]
+        with _shared_threads(number), ThreadPoolExecutor(number) as pool:
+            pairs = zip(everyone, self._dealt(batches, number), strict=True)
+            found = [pool.submit(take, adapters, hand) for adapters, hand in pairs]
+            wait(found)
+        for twin in everyone[1:]:
+            self.adapters.grad_P += twin.grad_P
+            twin.grad_P.zero_()
+        for future in found:
+            future.result()
+        return [losses[i] for i in range(len(batches))]
+
+    def _dealt(self, batches: Sequence[Batch], number: int) -> list[list[int]]:
+        costs = []
+        for batch in batches:
+            bounds = batch.pack.documents.bounds
+            lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+            costs.append(step_flops(self.config, 0, lengths, len(batch.rows_S)))
+        return deal(costs, number)
+
+
+@contextmanager
+def _shared_threads(number: int) -> Iterator[None]:
+    """Give each of so many threads its share of PyTorch's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // number))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
