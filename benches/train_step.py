@@ -59,8 +59,9 @@ from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Block, Llama
 from bioinstruct.model.llm import choose_device, choose_dtype
 from bioinstruct.synth import console
-from bioinstruct.train.batch import Batch
-from bioinstruct.train.side_by_side import MOST, SideBySide
+from bioinstruct.train.data.batch import Batch
+from bioinstruct.train.plan.policy import MOST_AT_ONCE
+from bioinstruct.train.side_by_side import SideBySide
 from bioinstruct.train.step import Optimizer, add_gradient, train_step
 
 LR = 1e-4
@@ -268,7 +269,7 @@ def gemm_flops(gemms: list[Gemm]) -> int:
 def side_by_side(step: Step, packs_at_once: int | None) -> SideBySide:
     """Take so many packs at once; where that is left open, as many as the trainer would."""
     if packs_at_once is None:
-        several = min(MOST, torch.get_num_threads(), len(step.batches))
+        several = min(MOST_AT_ONCE, torch.get_num_threads(), len(step.batches))
         packs_at_once = several if step.model.device.type == "cpu" else 1
     return SideBySide(step.model.config, step.adapters, packs_at_once)
 

@@ -18,12 +18,9 @@ from torch import Tensor
 
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.train.batch import Batch
-from bioinstruct.train.metrics import step_flops
-from bioinstruct.train.ranks import deal
-
-MOST = 4
-"""Packs at once where that is left open: each holds its activations."""
+from bioinstruct.train.data.batch import Batch
+from bioinstruct.train.ranks.process import deal
+from bioinstruct.train.report.metrics import step_flops
 
 Add = Callable[[Adapters, Batch], Tensor]
 """Adds a pack's gradient to the adapters' and returns its loss."""

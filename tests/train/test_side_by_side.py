@@ -8,10 +8,10 @@ import torch
 
 from bioinstruct.model import Llm
 from bioinstruct.model.adapters import Adapters, LoraSettings
-from bioinstruct.train.batch import Batch, collate
+from bioinstruct.train.data.batch import Batch, collate
+from bioinstruct.train.data.tokens import TokenSet
 from bioinstruct.train.side_by_side import SideBySide
 from bioinstruct.train.step import Optimizer, add_gradient, train_step
-from bioinstruct.train.tokens import TokenSet
 
 LENGTHS = (23, 8, 40, 5, 17, 31, 9)
 PACKS = [[6, 0], [5], [4, 1], [2], [3]]
