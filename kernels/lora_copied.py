@@ -71,8 +71,9 @@ class _CopiedLora(torch.autograd.Function):
         copies: Copies,
         dropout: Dropout | None,
         site: int,
-        _: Tensor,
+        master: Tensor,
     ) -> Tensor:
+        del master  # autograd's alone
         inner_TK = x_TK
         if dropout is not None:
             inner_TK = dropout.mask(site, x_TK.shape[1], x_TK.dtype).mul_(x_TK)
@@ -99,10 +100,12 @@ class _CopiedLora(torch.autograd.Function):
         inner_TK = x_TK if mask_TK is None else x_TK * mask_TK
         _add_product(copies.a_grad_RK, ds_TR.T, inner_TK)
         dx_TK = None
-        if ctx.needs_input_grad[0] and mask_TK is None:
-            dx_TK = torch.mm(dy_TN, w_NK).addmm_(ds_TR, copies.a_RK)
-        elif ctx.needs_input_grad[0]:
-            dx_TK = torch.mm(ds_TR, copies.a_RK).mul_(mask_TK).addmm_(dy_TN, w_NK)
+        if ctx.needs_input_grad[0]:
+            dx_TK = (
+                torch.mm(dy_TN, w_NK).addmm_(ds_TR, copies.a_RK)
+                if mask_TK is None
+                else torch.mm(ds_TR, copies.a_RK).mul_(mask_TK).addmm_(dy_TN, w_NK)
+            )
         return dx_TK, None, None, None, None, None
 
 

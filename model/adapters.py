@@ -122,7 +122,7 @@ class Adapters:
         other.grad_P = torch.zeros_like(self.grad_P)
         other.modules, other._groups, other._copied = [], {}, None
         for m in self.modules:
-            a_RK, b_NR = (other._view(x.storage_offset(), *x.shape) for x in (m.a_RK, m.b_NR))
+            a_RK, b_NR = (other._view(int(x.storage_offset()), *x.shape) for x in (m.a_RK, m.b_NR))
             other._add(replace(m, a_RK=a_RK, b_NR=b_NR))
         return other
 

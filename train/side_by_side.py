@@ -5,16 +5,14 @@ the smallest are not split at all. Whole packs beside each other wait for nothin
 take four fifths of the time (LOG.md); the price is the memory of so many packs. A thread adds its
 packs' gradients into a buffer of its own, dearest pack first, and the buffers are added up in
 order, so the same packs and threads give the same bits.
-
-Shapes   P = all adapter parameters.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.config import LlamaConfig
@@ -22,8 +20,7 @@ from bioinstruct.train.data.batch import Batch
 from bioinstruct.train.ranks.process import deal
 from bioinstruct.train.report.metrics import step_flops
 
-Add = Callable[[Adapters, Batch], Tensor]
-"""Adds a pack's gradient to the adapters' and returns its loss."""
+T = TypeVar("T")
 
 
 class SideBySide:
@@ -39,41 +36,41 @@ class SideBySide:
         self.config, self.adapters, self.number = config, adapters, number
         self._twins = [adapters.twin() for _ in range(number - 1)]
 
-    def __call__(self, batches: Sequence[Batch], add: Add) -> list[Tensor]:
+    def __call__(self, batches: Sequence[Batch], add: Callable[[Adapters, Batch], T]) -> list[T]:
         """Add the gradients of all packs.
 
         Args:
             batches: the packs.
-            add: what computes one.
+            add: adds one's gradient to that of the adapters it is given.
 
         Returns:
-            The losses, in the packs' order.
+            What it returned, in the packs' order.
 
         Raises:
             Exception: what add raised, after all threads have ended.
         """
         # no more than packs, so that each has its share of the threads
         number = max(1, min(self.number, len(batches)))
-        losses: dict[int, Tensor] = {}
+        found: dict[int, T] = {}
 
         def take(adapters: Adapters, hand: list[int]) -> None:
             for i in hand:
-                losses[i] = add(adapters, batches[i])
+                found[i] = add(adapters, batches[i])
 
         if number == 1:
             take(self.adapters, [*range(len(batches))])
-            return [losses[i] for i in range(len(batches))]
+            return [found[i] for i in range(len(batches))]
         everyone = [self.adapters, *self._twins][:number]
         with _shared_threads(number), ThreadPoolExecutor(number) as pool:
             pairs = zip(everyone, self._dealt(batches, number), strict=True)
-            found = [pool.submit(take, adapters, hand) for adapters, hand in pairs]
-            wait(found)
+            tasks = [pool.submit(take, adapters, hand) for adapters, hand in pairs]
+            wait(tasks)
         for twin in everyone[1:]:
             self.adapters.grad_P += twin.grad_P
             twin.grad_P.zero_()
-        for future in found:
-            future.result()
-        return [losses[i] for i in range(len(batches))]
+        for task in tasks:
+            task.result()
+        return [found[i] for i in range(len(batches))]
 
     def _dealt(self, batches: Sequence[Batch], number: int) -> list[list[int]]:
         costs = []

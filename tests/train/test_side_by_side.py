@@ -1,4 +1,4 @@
-"""Packs beside each other give the gradient of packs one after the other, and the same bits again."""
+"""Packs beside each other give the gradient of packs in turn, and the same bits every time."""
 
 import threading
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is documented
 
-from bioinstruct.train.ranks.process import watch
+from bioinstruct.train.ranks import watch
 from bioinstruct.train.ranks.watch import Watch
 
 

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from bioinstruct.kernels import dispatch
 from bioinstruct.kernels.attention import choose_backend
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llm import DTYPES, choose_dtype
@@ -46,34 +47,31 @@ def settled(run: Run, config: LlamaConfig, planner: Planner, device: Hardware, r
     largest packs fit, and all where these do not fit at all.
     """
     setup, packs = setup_of(run, config, device, ranks), packs_of(planner)
-    asked, possible = run.train.packs_at_once, _takes_several(setup)
-    if asked == "auto":
-        most = (
-            min(_packs_a_step(planner, ranks), torch.get_num_threads(), MOST_AT_ONCE)
-            if possible
-            else 1
-        )
-        asked = _fitting(setup, packs, most, device)
-    elif asked != 1 and not possible:
-        note(f"train.packs_at_once = {asked} is for adapters on a CPU, unsharded; one is taken")
-        asked = 1
-    setup = dataclasses.replace(setup, packs_at_once=asked)
+    number = _packs_at_once(run, setup, planner, packs, device, ranks)
+    setup = dataclasses.replace(setup, packs_at_once=number)
     layers = run.train.checkpoint_layers
     if layers == "auto":
         fewest = fewest_recomputed(setup, worst_of(packs), device.memory_bytes)
         layers = config.num_layers if fewest is None else fewest
-    train = dataclasses.replace(run.train, checkpoint_layers=layers, packs_at_once=asked)
+    train = dataclasses.replace(run.train, checkpoint_layers=layers, packs_at_once=number)
     return dataclasses.replace(run, train=train)
 
 
-def _takes_several(setup: Setup) -> bool:
-    """Whether packs can be taken side by side: threads share weights that are whole and frozen."""
-    return setup.device == "cpu" and setup.lora is not None and setup.shards == 1
-
-
-def _packs_a_step(planner: Planner, ranks: int) -> int:
-    """The most packs of one rank in any step of the first epoch."""
-    return -(-max(len(planner.plan(i).packs) for i in range(planner.steps_of(0))) // ranks)
+def _packs_at_once(
+    run: Run, setup: Setup, planner: Planner, packs: list[Pack], device: Hardware, ranks: int
+) -> int:
+    asked = run.train.packs_at_once
+    # threads share weights that are whole and frozen; the interpreter runs in one
+    shared = setup.lora is not None and setup.shards == 1
+    if setup.device != "cpu" or not shared or dispatch.INTERPRETED:
+        if asked not in ("auto", 1):
+            note(f"train.packs_at_once = {asked} is for adapters on a CPU; packs are taken in turn")
+        return 1
+    if isinstance(asked, int):
+        return asked
+    own_packs = -(-max(len(planner.plan(i).packs) for i in range(planner.steps_of(0))) // ranks)
+    most = min(own_packs, torch.get_num_threads(), MOST_AT_ONCE)
+    return _fitting(setup, packs, most, device)
 
 
 def _fitting(setup: Setup, packs: list[Pack], most: int, device: Hardware) -> int:
