@@ -15,6 +15,7 @@ Shapes   K input and N output features of a projection, R rank, P = all adapter 
 import copy
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,21 @@ class Module:
         return f"{module_path(self.layer, self.target)}.weight"
 
 
+class _Narrow:
+    """The masters in a compute dtype, each B times its scale; made new when they have changed."""
+
+    def __init__(self, a_P: Tensor, b_P: Tensor) -> None:
+        self.a_P, self.b_P, self.version = a_P, b_P, -1
+
+    def part(self, module: Module, num_a: int) -> Tensor:
+        """B of one module."""
+        first = int(module.b_NR.storage_offset()) - num_a
+        return self.b_P[first : first + module.b_NR.numel()].view(module.b_NR.shape)
+
+
+_narrowing = threading.Lock()  # adapters and their twins may ask at once
+
+
 class Adapters:
     """All adapters of a model, as views of one flat buffer.
 
@@ -100,8 +116,8 @@ class Adapters:
         self.taken: list[Factors] = []
         """With PiSSA, what each module's A and B began as, which the model's weights now lack."""
         self._groups: dict[tuple[int, str], list[Module]] = {}
-        self._copies: dict[tuple[int, str], Copies] = {}
-        self._copied: tuple[int, torch.dtype] | None = None
+        self._narrow: dict[torch.dtype, _Narrow] = {}
+        self._copies: dict[torch.dtype, dict[tuple[int, str], Copies]] = {}
         start_a, start_b = 0, self.num_a
         for place, R, (N, K, start) in zip(chosen, ranks, sizes, strict=True):
             a_RK, b_NR = self._view(start_a, R, K), self._view(start_b, N, R)
@@ -120,7 +136,7 @@ class Adapters:
         """The same masters, with a gradient of their own."""
         other = copy.copy(self)
         other.grad_P = torch.zeros_like(self.grad_P)
-        other.modules, other._groups, other._copied = [], {}, None
+        other.modules, other._groups, other._copies = [], {}, {}
         for m in self.modules:
             a_RK, b_NR = (other._view(int(x.storage_offset()), *x.shape) for x in (m.a_RK, m.b_NR))
             other._add(replace(m, a_RK=a_RK, b_NR=b_NR))
@@ -155,29 +171,44 @@ class Adapters:
 
         All masters are rounded in one pass, when they are first asked for since they changed.
         """
-        if (self.version, dtype) != self._copied:
-            self._copies = self._copied_groups(dtype)
-            self._copied = self.version, dtype
-        return self._copies.get((layer, group))
+        narrow = self._narrow.get(dtype)
+        if narrow is None or narrow.version != self.version:
+            with _narrowing:
+                narrow = self._narrowed(dtype)
+        if dtype not in self._copies:
+            found = {place: self._copied(group, narrow) for place, group in self._groups.items()}
+            self._copies[dtype] = found
+        return self._copies[dtype].get((layer, group))
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def _copied_groups(self, dtype: torch.dtype) -> dict[tuple[int, str], Copies]:
-        narrow = self.flat_P[: self.num_a].to(dtype)
-        return {place: self._copied_group(own, narrow) for place, own in self._groups.items()}
+    def _narrowed(self, dtype: torch.dtype) -> _Narrow:
+        """The masters of now in a compute dtype, in the memory that held them before."""
+        a_P, b_P = self.flat_P.split((self.num_a, len(self.flat_P) - self.num_a))
+        own = self._narrow.setdefault(
+            dtype, _Narrow(a_P.to(dtype), torch.empty_like(b_P, dtype=dtype))
+        )
+        if own.version == self.version:
+            return own  # by another thread
+        own.a_P.copy_(a_P)
+        own.b_P.copy_(b_P * self.settings.scale)
+        for m in self.modules:
+            if m.scale != self.settings.scale:
+                own.part(m, self.num_a).copy_(m.b_NR * m.scale)
+        own.version = self.version
+        return own
 
-    def _copied_group(self, modules: Sequence[Module], narrow: Tensor) -> Copies:
-        """Copy B; narrow is every A of the model in the compute dtype."""
-        first, K = modules[0].a_RK.storage_offset(), modules[0].a_RK.shape[1]
+    def _copied(self, modules: Sequence[Module], narrow: _Narrow) -> Copies:
+        first, K = int(modules[0].a_RK.storage_offset()), modules[0].a_RK.shape[1]
         # the A of a group stand one after the other, and are equally wide
         ranks = sum(len(m.a_RK) for m in modules)
         a_RK, a_grad_RK = (
-            flat[first : first + ranks * K].view(ranks, K) for flat in (narrow, self.grad_P)
+            flat[first : first + ranks * K].view(ranks, K) for flat in (narrow.a_P, self.grad_P)
         )
         branches, rank = [], 0
         for m in modules:
-            b_NR = (m.b_NR * m.scale).to(narrow.dtype)
             assert m.b_NR.grad is not None
+            b_NR = narrow.part(m, self.num_a)
             branches.append(CopiedB(b_NR, m.b_NR.grad, m.scale, m.start, rank))
             rank += len(m.a_RK)
         return Copies(a_RK, a_grad_RK, branches, modules[0].a_RK)

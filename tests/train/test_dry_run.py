@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -235,6 +236,38 @@ def test_layers_left_to_the_plan_are_the_fewest_that_fit(
         assert prepared.llm.model.recomputed_layers == layers
     with pytest.raises(ValueError, match="'all' is unknown; allowed are auto"):
         small(data, records, "train.checkpoint_layers=all")
+
+
+def test_packs_at_once_left_to_the_plan_are_the_most_that_fit(
+    data: Path,
+    records: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def chosen(*flags: str) -> int | str:
+        return look(small(data, records, *flags)).run.train.packs_at_once
+
+    assert chosen() == 1  # the tests have one thread
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert chosen() == 3
+    assert chosen("train.batch_samples=1") == 1
+    assert chosen("train.method=full", "train.packs_at_once=2") == 1
+    assert "train.packs_at_once = 2 is for adapters on a CPU" in capsys.readouterr().err
+    assert chosen("device=cuda", "plan.hardware=H100-80GB") == 1
+    dry_run(small(data, records))
+    assert "0 of 5 layers recomputed and 3 packs side by side; fits" in capsys.readouterr().out
+    prepared = prepare(small(data, records))
+    assert prepared.run.train.packs_at_once == 3
+    setup, worst = look(small(data, records)).setup, worst_of(packs_of(prepared.planner))
+    peaks = [estimate(dataclasses.replace(setup, packs_at_once=n), worst).peak for n in range(1, 4)]
+    for most, peak in enumerate(peaks, 1):
+        here = dataclasses.replace(
+            hardware.find("auto", "cpu"), memory_bytes=int(peak / (1 - MARGIN)) + 1
+        )
+        monkeypatch.setattr(hardware, "find", lambda name, device, here=here: here)
+        assert chosen() == most
+    with pytest.raises(ValueError, match=r"train.packs_at_once = 0 must be greater than 0"):
+        small(data, records, "train.packs_at_once=0")
 
 
 def test_flops_and_time_are_those_of_the_stated_convention(data: Path, records: str) -> None:

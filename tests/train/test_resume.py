@@ -47,6 +47,7 @@ def settings(data: Path) -> dict[str, str]:
         "data.validation": "0.2",
         "train.steps": "20",
         "train.batch_samples": "2",
+        "train.packs_at_once": "2",
         "train.lr": "1e-3",
         "train.warmup_steps": "3",
         "train.ema": "0.9",

@@ -63,7 +63,7 @@ def _packs_at_once(
     asked = run.train.packs_at_once
     # threads share weights that are whole and frozen; the interpreter runs in one
     shared = setup.lora is not None and setup.shards == 1
-    if setup.device != "cpu" or not shared or dispatch.INTERPRETED:
+    if setup.device != "cpu" or not shared or dispatch.interprets():
         if asked not in ("auto", 1):
             note(f"train.packs_at_once = {asked} is for adapters on a CPU; packs are taken in turn")
         return 1
