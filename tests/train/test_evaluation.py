@@ -21,13 +21,8 @@ from bioinstruct.train.run import Run, read_run
 from bioinstruct.train.step import summed_loss
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
-def run(data: Path, tmp_path: Path) -> Callable[..., Run]:
+def run(data: Path, small: dict[str, str], tmp_path: Path) -> Callable[..., Run]:
     """Settings of a run on real records of two files and three categories."""
     records = json.loads((data / "bioinstruct_real_sample_32.json").read_text())
     short = [r for r in records if len(r["instruction"] + r["input"] + r["output"]) < 560]
@@ -39,13 +34,9 @@ def run(data: Path, tmp_path: Path) -> Callable[..., Run]:
     (tmp_path / "held.jsonl").write_text((tmp_path / "two.jsonl").read_text())
 
     def read(**changes: object) -> Run:
-        settings = {
-            "model.path": data / "stories260K",
-            "model.tokenizer": data / "tokenizers" / "stories260K_tok512.model",
-            "model.dtype": "float32",
-            "device": "cpu",
+        settings = small | {
             "data.path": f'["{tmp_path}/one.jsonl", "{tmp_path}/two.jsonl"]',
-            "data.max_tokens_per_pack": 512,
+            "data.on_overlong": "error",
             "data.validation": 0.5,
             "train.steps": 6,
             "train.batch_samples": 2,

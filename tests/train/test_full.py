@@ -141,16 +141,8 @@ def test_matrices_decay_and_gains_do_not(stories: Llm) -> None:
 
 
 @pytest.fixture
-def settings(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-    return {
-        "model.path": str(data / "stories260K"),
-        "model.tokenizer": str(data / "tokenizers" / "stories260K_tok512.model"),
-        "model.dtype": "float32",
-        "device": "cpu",
-        "data.path": str(data / "bioinstruct_real_sample_32.json"),
-        "data.on_overlong": "drop",
-        "data.max_tokens_per_pack": "512",
+def settings(small: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    return small | {
         "train.method": "full",
         "train.batch_samples": "8",
         "train.lr": "1e-3",

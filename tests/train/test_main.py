@@ -24,22 +24,10 @@ ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "train" / "main.py"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
-def settings(data: Path, tmp_path: Path) -> dict[str, str]:
-    """A run on a real small model and real records, as --set flags."""
-    return {
-        "model.path": str(data / "stories260K"),
-        "model.tokenizer": str(data / "tokenizers" / "stories260K_tok512.model"),
-        "model.dtype": "float32",
-        "device": "cpu",
-        "data.path": str(data / "bioinstruct_real_sample_32.json"),
+def settings(small: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    return small | {
         "data.on_overlong": "truncate",
-        "data.max_tokens_per_pack": "512",
         "data.validation": "0.1",
         "train.steps": "4",
         "train.batch_samples": "4",

@@ -21,8 +21,7 @@ LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
 
 @pytest.fixture
-def records_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
+def records_file(tmp_path: Path) -> Path:
     path = tmp_path / "records.jsonl"
     rows = [
         {"instruction": f"Say {i}", "input": "", "output": f"word {i}", "category": "ab"[i % 2]}
