@@ -20,7 +20,8 @@ from torch import Tensor
 from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.llama import merged, pack_documents, streamed_logits
+from bioinstruct.model.llama import pack_documents
+from bioinstruct.model.merging import merged, streamed_logits
 from bioinstruct.model.templates import guess_template
 from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 from bioinstruct.synth import console

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bioinstruct.model import Llm
+from bioinstruct.model.formats.config_json import config_from_hf
 from bioinstruct.train.report.metrics import (
     MetricsLog,
     loss_svg,
@@ -48,9 +49,8 @@ def test_the_curve_is_valid_svg_within_its_frame(rows: list[dict[str, float]]) -
 
 def test_flops_of_llama_2_7b_match_the_convention() -> None:
     """4N a token: 6.476e9 linear weights and a head of 131e6, at 4,096 tokens with attention."""
-    from bioinstruct.model.config import LlamaConfig
 
-    config = LlamaConfig.from_hf(
+    config = config_from_hf(
         {
             "model_type": "llama",
             "vocab_size": 32000,
