@@ -1,6 +1,7 @@
 """Full fine-tuning on one rank: gradients of all weights, masters, decay, files, resuming."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,29 @@ def test_a_resumed_run_ends_bitwise_equal(settings: dict[str, str], tmp_path: Pa
     assert losses(tmp_path / "half") == losses(tmp_path / "out")
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("half", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_the_report_names_the_model_that_was_scored(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    corpus, out = tmp_path / "small.tsv", tmp_path / "out"
+    corpus.write_text("Ataxia\tB-Disease\nis\tO\nrare\tO\n\nNo\tO\ndisease\tO\n\n")
+    call(settings | {"eval.tasks": f'["ncbi-disease={corpus}"]', "train.steps": "1"})
+    report = (out / "report.md").read_text()
+    assert "trained: all weights" in report and "what was scored: `model/`" in report
+    row = json.loads((out / "eval-after" / "results.json").read_text())["rows"][0]
+    assert (row["model"], row["adapter"]) == (str(out / "model"), None)
+
+
+def test_a_configuration_that_asks_for_too_much_is_refused_before_memory_is(
+    settings: dict[str, str], tmp_path: Path, data: Path
+) -> None:
+    shutil.copytree(data / "stories260K", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 1 << 30}))
+    with pytest.raises(ValueError, match="wrong shape: .*mlp.gate_proj.weight is"):
+        call(settings | {"model.path": str(tmp_path / "model")})
 
 
 def test_lora_settings_without_effect_are_refused() -> None:

@@ -198,6 +198,19 @@ def test_tasks_are_scored_before_and_after(
     assert (tmp_path / "pissa" / samples).read_text() == (tmp_path / "out" / samples).read_text()
 
 
+def test_an_interruption_before_the_first_state_says_so(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bioinstruct.train.loop.score_tasks", interrupted)
+    corpus = tmp_path / "small.tsv"
+    corpus.write_text("Ataxia\tB-Disease\nis\tO\n\n")
+    with pytest.raises(Stopped, match="after step 0 of 4; no state was saved yet; continue with"):
+        call(settings | {"eval.tasks": f'["ncbi-disease={corpus}"]'})
+
+
 def bad_json(data: Path, tmp: Path) -> dict[str, str]:
     (tmp / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     return {"data.path": str(tmp / "bad.jsonl")}

@@ -23,9 +23,16 @@ def test_rows_are_valid_json_also_when_a_loss_is_not(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write({"step": 1, "loss": math.nan, "lr": 0.5})
     log.write({"step": 2, "loss": 1.0})
+    log.write({"step": 2, "val_loss_by_source": {"a": math.inf, "b": 2.0}})
+    log.write({"step": 3, "event": "spike", "records": [{"record": "f:1", "loss": math.nan}]})
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 1, "loss": None, "lr": 0.5}, {"step": 2, "loss": 1.0}]
+    assert rows == [
+        {"step": 1, "loss": None, "lr": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "val_loss_by_source": {"a": None, "b": 2.0}},
+        {"step": 3, "event": "spike", "records": [{"record": "f:1", "loss": None}]},
+    ]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def records_file(tmp_path: Path) -> Path:
 
 def load(stories: Llm, path: Path, name: str = "bioinstruct", limits: Limits = LIMITS) -> TokenSet:
     template = get_template(name, stories.tokenizer)
-    return load_tokens([path], template, stories.tokenizer, limits)
+    return load_tokens(path, template, stories.tokenizer, limits)
 
 
 def entries(tmp_path: Path) -> list[Path]:
@@ -120,7 +120,7 @@ def flush(file):
 
 token_cache.encode_all, token_cache._flush = encode, flush
 found = token_cache.load_tokens(
-    [path], get_template("bioinstruct", words), words, Limits(400, "error", "error")
+    path, get_template("bioinstruct", words), words, Limits(400, "error", "error")
 )
 print(len(found), int(found.arrays[0].sum()), flush=True)
 """
