@@ -41,6 +41,7 @@ from bioinstruct.train.report.profiling import Profile
 from bioinstruct.train.report.tensorboard_log import tensorboard_writer
 from bioinstruct.train.resume import folder
 from bioinstruct.train.resume.standing import Standing
+from bioinstruct.train.resume.state import steps_of
 from bioinstruct.train.side_by_side import SideBySide
 from bioinstruct.train.step import Optimizer, OutOfRoom, StepResult, train_step
 
@@ -103,7 +104,9 @@ class Trainer:
     def hint(self) -> str:
         """Say where the run stands and how it goes on."""
         where = f"the adapter so far is in {self.out / 'adapter'}"
-        if self.prepared.adapters is None:
+        if not steps_of(folder.states_of(self.out)):
+            where = "no state was saved yet"
+        elif self.prepared.adapters is None:
             where = "its state is saved"
         return (
             f"stopped after step {self.standing.step} of {self.prepared.num_steps}; {where}; "

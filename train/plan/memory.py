@@ -149,7 +149,8 @@ def _pass(model: Llama, adapters: Adapters | None, setup: Setup, pack: Pack, tal
     rows_S, labels_S = (_counted(pack.supervised) for _ in range(2))
     dropout = None
     if adapters is not None and adapters.settings.dropout:
-        dropout = Dropout(adapters.settings.dropout, 0, positions_T, draws_T)
+        p, own = adapters.settings.dropout, adapters.settings.dropout_per_module
+        dropout = Dropout(p, 0, positions_T, draws_T, own)
     h_TD = model(ids_T, positions_T, _attention(setup.backend, pack), adapters, dropout)
     loss = linear_cross_entropy(h_TD, model.head_VD, rows_S, labels_S, 1.0)
     saved = tally.live

@@ -94,6 +94,8 @@ class Planner:
 
     def steps_of(self, epoch: int) -> int:
         """Number of steps of an epoch."""
+        if self.batch_samples is not None:
+            return -(-len(self.lengths) // self.batch_samples)
         return len(self._epoch(epoch)[1]) - 1
 
     def num_steps(self, epochs: float) -> int:
