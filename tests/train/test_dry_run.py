@@ -240,7 +240,7 @@ def test_packs_at_once_left_to_the_plan_are_the_most_that_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def chosen(*flags: str) -> int | str:
-        return look(small(data, records, *flags)).run.train.packs_at_once
+        return look(small_run(data, records, *flags)).run.train.packs_at_once
 
     assert chosen() == 1  # the tests have one thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
@@ -249,11 +249,11 @@ def test_packs_at_once_left_to_the_plan_are_the_most_that_fit(
     assert chosen("train.method=full", "train.packs_at_once=2") == 1
     assert "train.packs_at_once = 2 is for adapters on a CPU" in capsys.readouterr().err
     assert chosen("device=cuda", "plan.hardware=H100-80GB") == 1
-    dry_run(small(data, records))
+    dry_run(small_run(data, records))
     assert "0 of 5 layers recomputed and 3 packs side by side; fits" in capsys.readouterr().out
-    prepared = prepare(small(data, records))
+    prepared = prepare(small_run(data, records))
     assert prepared.run.train.packs_at_once == 3
-    setup, worst = look(small(data, records)).setup, worst_of(packs_of(prepared.planner))
+    setup, worst = look(small_run(data, records)).setup, worst_of(packs_of(prepared.planner))
     peaks = [estimate(dataclasses.replace(setup, packs_at_once=n), worst).peak for n in range(1, 4)]
     for most, peak in enumerate(peaks, 1):
         here = dataclasses.replace(
@@ -262,7 +262,7 @@ def test_packs_at_once_left_to_the_plan_are_the_most_that_fit(
         monkeypatch.setattr(hardware, "find", lambda name, device, here=here: here)
         assert chosen() == most
     with pytest.raises(ValueError, match=r"train.packs_at_once = 0 must be greater than 0"):
-        small(data, records, "train.packs_at_once=0")
+        small_run(data, records, "train.packs_at_once=0")
 
 
 def test_flops_and_time_are_those_of_the_stated_convention(data: Path, records: str) -> None:
