@@ -69,8 +69,9 @@ def _packs_at_once(
         return 1
     if isinstance(asked, int):
         return asked
-    own_packs = -(-max(len(planner.plan(i).packs) for i in range(planner.steps_of(0))) // ranks)
-    most = min(own_packs, torch.get_num_threads(), MOST_AT_ONCE)
+    # a step of one pack is laid anew, as long as it has a record for each thread
+    records = max(len(planner.plan(i).draws) for i in range(planner.steps_of(0)))
+    most = min(-(-records // ranks), torch.get_num_threads(), MOST_AT_ONCE)
     return _fitting(setup, packs, most, device)
 
 
