@@ -42,6 +42,7 @@ from bioinstruct.kernels.lora import (
     up_backward,
     write_t,
 )
+from bioinstruct.kernels.norm_lora import Late
 from bioinstruct.kernels.rows import extended, with_dense_rows
 from bioinstruct.kernels.skinny import Mask
 
@@ -126,13 +127,20 @@ class Use(NamedTuple):
         """Whether neighbouring kernels may take the branches along: few ranks, and one mask."""
         return 0 < self.buffer.room <= most and len(set(self.group.sites)) == 1
 
-    def product(self, x_TK: Tensor, bias_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return y, and t for the backward pass; t is also written into the room behind x."""
+    def product(
+        self, x_TK: Tensor, bias_N: Tensor | None = None, *, late: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return y, and t for the backward pass; t is also written into the room behind x.
+
+        Late, y lacks the branches' part, which whoever reads it adds.
+        """
         t_TR = x_TK.new_empty(len(x_TK), self.buffer.room)
         if self.buffer.ranks:
             write_t(t_TR, x_TK, self.buffer.a_RK, self.group, self.parts)
             if (x_ext := extended(x_TK, self.buffer.room)) is not None:
                 x_ext[:, self.buffer.K :] = t_TR
+        if late:
+            return _linear(x_TK, self.buffer.w_NK, bias_N), t_TR
         return self.applied(x_TK, t_TR, bias_N), t_TR
 
     def applied(self, x_TK: Tensor, t_TR: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -203,22 +211,23 @@ class _AugmentedLinear(torch.autograd.Function):
     # the masters are inputs, or the first layer, whose x needs no gradient, would never be visited
 
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, use: Use, *masters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, use: Use, late: bool, *masters: Tensor) -> Any:
         x_TK = with_dense_rows(x_TK)
-        y_TN, t_TR = use.product(x_TK)
+        y_TN, t_TR = use.product(x_TK, late=late)
         ctx.save_for_backward(x_TK, t_TR)
         ctx.use = use
-        return y_TN
+        ctx.mark_non_differentiable(t_TR)
+        return (y_TN, t_TR) if late else y_TN
 
     @staticmethod
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_TN: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x_TK, t_TR = ctx.saved_tensors
         use: Use = ctx.use
         dy_TN = with_dense_rows(dy_TN)
         ds_TR, db = use.gradients_of_b(dy_TN, t_TR)
         da = use.gradients_of_a(skinny.Source(x_TK), ds_TR)
         dx_TK = use.input_gradient(dy_TN, ds_TR) if ctx.needs_input_grad[0] else None
-        return dx_TK, None, *in_turn(da, db)
+        return dx_TK, None, None, *in_turn(da, db)
 
 
 def augmented_linear(
@@ -254,5 +263,14 @@ def augmented_linear(
 
 def linear_of(use: Use, x_TK: Tensor) -> Tensor:
     """Compute augmented_linear by the kernels, whose use was prepared."""
-    y_TN: Tensor = _AugmentedLinear.apply(x_TK, use, *use.buffer.masters)
+    y_TN: Tensor = _AugmentedLinear.apply(x_TK, use, False, *use.buffer.masters)
     return y_TN
+
+
+def late_linear_of(use: Use, x_TK: Tensor) -> tuple[Tensor, Late]:
+    """Compute it but for the branches' part of y, which the norm that reads y next adds to it.
+
+    The gradients are those of the whole: y's is the sum's.
+    """
+    y_TN, t_TR = _AugmentedLinear.apply(x_TK, use, True, *use.buffer.masters)
+    return y_TN, Late(t_TR, use.buffer.we[: use.buffer.N, use.buffer.K :])

@@ -252,7 +252,7 @@ def down_backward(
     sums = [
         skinny.gradient_of_a(ds_TR[:, ranks], source, group.dropout, site)
         if _by_kernel(group, ranks)
-        else torch.mm(ds_TR[:, ranks].T, source.made())[None]
+        else source.gradient(ds_TR[:, ranks])[None]
         for ranks, site in spans_of(group, parts, ds_TR.shape[1])
     ]
     sums_PRK = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)

@@ -38,7 +38,8 @@ MAX_RANK = 64
 CHUNK = 128
 """Rows that a fused kernel writes before it reads them back: few enough to be in cache still."""
 PROGRAMS = 256
-"""Wanted programs of a split sum, about two a multiprocessor; fixed, so that sums are, too."""
+"""Wanted programs of a split sum, about two a multiprocessor, one where they are of eight warps;
+fixed, so that sums are, too."""
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -227,9 +228,11 @@ def rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
     return {"BLOCK_R": block, "num_warps": 4 if block < doubled_from else 8}
 
 
-def row_split(T: int, blocks: int, block_t: int) -> tuple[int, int]:
-    """(splits, rows of each) of T rows, so that splits times blocks is about PROGRAMS."""
-    wanted = max(1, min(cdiv(PROGRAMS, blocks), cdiv(T, block_t)))
+def row_split(
+    T: int, blocks: int, block_t: int, programs: int = PROGRAMS
+) -> tuple[int, int]:
+    """(splits, rows of each) of T rows, so that splits times blocks is about that many programs."""
+    wanted = max(1, min(cdiv(programs, blocks), cdiv(T, block_t)))
     rows = cdiv(cdiv(max(T, 1), wanted), block_t) * block_t
     return cdiv(T, rows), rows
 
@@ -292,15 +295,16 @@ def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: f
         (P, N, R) float32, whose sum over P is dB.
     """
     (T, N), R = dy_TN.shape, b_NR.shape[1]
-    block_t, block_n = 32, 128
+    # wide blocks of columns, since each writes a part of ds
+    block_t, block_n = 32, 256
     columns = cdiv(N, block_n)
-    splits, rows = row_split(T, columns, block_t)
+    splits, rows = row_split(T, columns, block_t, PROGRAMS // 2)
     ds_parts = dy_TN.new_empty(columns, T, R, dtype=torch.float32)
     db_parts = dy_TN.new_empty(splits, N, R, dtype=torch.float32)
     launch(
         _shrink_dy, (columns, splits), dy_TN, b_NR, t_TR, ds_parts, db_parts,
         T, N, R, dy_TN.stride(0), t_TR.stride(0), rows, UP=INTERPRETED,
-        BLOCK_T=block_t, BLOCK_N=block_n, **rank_block(R), num_stages=3,
+        BLOCK_T=block_t, BLOCK_N=block_n, **rank_block(R, 16), num_stages=3,
     )  # fmt: skip
     sum_into(ds_TR, ds_parts, scale, add=False)
     return db_parts
@@ -321,6 +325,12 @@ class Source(NamedTuple):
         if self.r_T is None or self.gain_K is None:
             return self.x_TK
         return (self.x_TK * self.r_T[:, None] * self.gain_K.float()).to(self.x_TK.dtype)
+
+    def gradient(self, ds_TR: Tensor) -> Tensor:
+        """Return ds^T x by a library product; what norms x is put on the narrow sides instead."""
+        if self.r_T is None or self.gain_K is None:
+            return torch.mm(ds_TR.T, self.x_TK)
+        return torch.mm((ds_TR * self.r_T[:, None]).to(ds_TR.dtype).T, self.x_TK) * self.gain_K
 
 
 def gradient_of_a(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bioinstruct.kernels.augmented import Use, in_turn
 from bioinstruct.kernels.lora import Part
-from bioinstruct.kernels.norm_lora import norm_backward_with_da, norm_with_t
+from bioinstruct.kernels.norm_lora import Late, norm_backward_with_da, norm_with_t
 from bioinstruct.kernels.rmsnorm import norm_backward, norm_forward
 from bioinstruct.kernels.rope import Heads, Rotation, rotate_into, turn_back, turn_heads
 from bioinstruct.kernels.rope_lora import turn_back_with_lora
@@ -64,12 +64,17 @@ class _Projected(NamedTuple):
 
 
 def _projected(
-    x_TD: Tensor, delta_TD: Tensor | None, norm: Norm, use: Use, bias_N: Tensor | None = None
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    norm: Norm,
+    use: Use,
+    bias_N: Tensor | None = None,
+    late: Late | None = None,
 ) -> _Projected:
     """Norm and project, t with the norm where its ranks are few."""
     given = x_TD, delta_TD, norm.gain_D, norm.eps
     if use.fuses():
-        h_TD, n_TD, r_T, t_TR = norm_with_t(*given, use.buffer.a_RK, use.mask)
+        h_TD, n_TD, r_T, t_TR = norm_with_t(*given, use.buffer.a_RK, use.mask, late)
         return _Projected(h_TD, r_T, t_TR, use.applied(n_TD, t_TR, bias_N))
     h_TD, n_TD, r_T = norm_forward(*given, use.buffer.room)
     y_TN, t_TR = use.product(n_TD, bias_N)
@@ -84,6 +89,8 @@ class _Above(NamedTuple):
     ds_TR: Tensor
     """Of its branches, padded."""
     db: list[Tensor | None]
+    u_T: Tensor | None = None
+    """Sums of its rows times their gradients, float32, where they came at no cost."""
 
 
 def _back_through_norm(
@@ -106,11 +113,12 @@ def _back_through_norm(
         wanted: whether the residual stream's is; the embedding's is not.
     """
     h_TD, r_T, t_TR = saved
-    dy_TN, ds_TR, _ = above
+    dy_TN, ds_TR, _, u_T = above
     if wanted and use.fuses():
         dn_TD = use.unmasked_gradient(dy_TN, ds_TR)
         normed, branch = (h_TD, r_T, norm.gain_D), (ds_TR, t_TR, use.buffer.a_RK)
-        dx_TD, parts = norm_backward_with_da(dn_TD, normed, branch, use.mask, dh_TD, norm.room)
+        given = dn_TD, normed, branch, use.mask, dh_TD, norm.room
+        dx_TD, parts = norm_backward_with_da(*given, u_T)
         return dx_TD, use.summed_a(parts)
     da = use.gradients_of_a(Source(h_TD, r_T, norm.gain_D), ds_TR)
     if not wanted:
@@ -260,9 +268,10 @@ class _NormMlp(torch.autograd.Function):
         norm: Norm,
         gate_up: Use,
         down: Use,
+        late: Late | None,
         *masters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h_TD, r_T, t_TR, gate_up_T2F = _projected(x_TD, delta_TD, norm, gate_up)
+        h_TD, r_T, t_TR, gate_up_T2F = _projected(x_TD, delta_TD, norm, gate_up, late=late)
         if down.fuses():
             a_TF, t_down_TR = swiglu_with_t(gate_up_T2F, down.buffer.a_RK, down.mask)
             y_TD = down.applied(a_TF, t_down_TR)
@@ -279,7 +288,7 @@ class _NormMlp(torch.autograd.Function):
         norm, gate_up, down = ctx.norm, ctx.gate_up, ctx.down
         if dy_TD is None:
             unused = [None] * len(gate_up.buffer.masters + down.buffer.masters)
-            return dh_TD, dh_TD, None, None, None, *unused
+            return dh_TD, dh_TD, None, None, None, None, *unused
         dy_TD = with_dense_rows(dy_TD)
         ds_down_TR, db_down = down.gradients_of_b(dy_TD, t_down_TR)
         behind = _Above(dy_TD, ds_down_TR, db_down)
@@ -287,7 +296,7 @@ class _NormMlp(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx_TD, da = _back_through_norm(above, saved, norm, gate_up, dh_TD, wanted=wanted)
         gradients = (*in_turn(da, above.db), *in_turn(da_down, db_down))
-        return dx_TD, dx_TD, None, None, None, *gradients
+        return dx_TD, dx_TD, None, None, None, None, *gradients
 
 
 def _back_through_gate(
@@ -302,7 +311,7 @@ def _back_through_gate(
         gate_up: their projection.
         down: the projection of the gated product.
     """
-    dy_TD, ds_down_TR, _ = behind
+    dy_TD, ds_down_TR, *_ = behind
     buffer, parts, F = gate_up.buffer, gate_up.parts, down.buffer.K
     ranks = _rank(parts, 0), _rank(parts, F)
     if not (gate_up.fuses() and max(ranks) <= GATE_RANK and down.fuses(GATE_RANK)):
@@ -322,7 +331,9 @@ def _back_through_gate(
     for part, (ds_CTR, db_PFR) in zip(parts, sums, strict=True):
         sum_into(ds_TR[:, part.ranks], ds_CTR, gate_up.group.scale, add=False)
         db.append(add_gradient(part.b_NR, db_PFR, part.factor))
-    return _Above(found.dgate_up_T2F, ds_TR, db), down.summed_a(found.da_PRF)
+    u_T = found.u_CT.new_empty(len(dy_TD))
+    sum_into(u_T[None], found.u_CT, 1.0, add=False)
+    return _Above(found.dgate_up_T2F, ds_TR, db, u_T), down.summed_a(found.da_PRF)
 
 
 def _rank(parts: Sequence[Part], start: int) -> int:
@@ -330,7 +341,9 @@ def _rank(parts: Sequence[Part], start: int) -> int:
     return sum(len(part.a_RK) for part in parts if part.columns.start == start)
 
 
-def norm_mlp(x_TD: Tensor, delta_TD: Tensor, norm: Norm, gate_up: Use, down: Use) -> Half:
+def norm_mlp(
+    x_TD: Tensor, delta_TD: Tensor, norm: Norm, gate_up: Use, down: Use, late: Late | None = None
+) -> Half:
     """Add delta to the residual stream, norm it, and pass it through the gated feed-forward.
 
     Args:
@@ -339,9 +352,10 @@ def norm_mlp(x_TD: Tensor, delta_TD: Tensor, norm: Norm, gate_up: Use, down: Use
         norm: its gain and eps.
         gate_up: the projection to (T, 2F), gate first.
         down: the projection back to (T, D).
+        late: what delta lacks of its own branch, where gate_up.fuses().
 
     Returns:
         The sum, and (T, D).
     """
     masters = gate_up.buffer.masters + down.buffer.masters
-    return Half(*_NormMlp.apply(x_TD, delta_TD, norm, gate_up, down, *masters))
+    return Half(*_NormMlp.apply(x_TD, delta_TD, norm, gate_up, down, late, *masters))

@@ -5,9 +5,11 @@
                dgate = dh up silu'(gate),  dup = dh silu(gate)
                ds_gate = s dgate B_gate,  dB_gate = dgate^T t_gate,  and up's alike
                dA = ds^T (m*h)                          h from gate and up again: it is not saved
+               u = gate . dgate + up . dup              a row's; the norm before wants it
 
 A program of the backward kernel owns a block of columns and several rows, so that dB and dA are
-summed in registers. It stops at MAX_RANK, above which its tiles would spill.
+summed in registers; of ds and u it writes parts. It stops at MAX_RANK, above which its tiles would
+spill.
 
 Shapes   T = packed tokens, F = feed-forward width, R = padded ranks of down, C = column blocks,
          P = row splits.
@@ -80,7 +82,7 @@ def _swiglu_t(
 @jit(do_not_specialize=["seed", "site", "q"])
 def _swiglu_bwd_lora(
     dh_ptr, gate_up_ptr, ds_ptr, a_ptr, b_ptr, t_ptr, dgate_up_ptr, ds_parts, db_parts, da_parts,
-    positions_ptr, draws_ptr,
+    u_parts, positions_ptr, draws_ptr,
     T, F, R, GATE, UPS, ds_stride, a_stride, b_stride, t_stride, dgate_up_stride, ROWS,
     keep_scale, seed, site, q,
     DROP: tl.constexpr, UP: tl.constexpr, CHUNK: tl.constexpr,
@@ -126,9 +128,12 @@ def _swiglu_bwd_lora(
                 h = tl.where(keep, h, 0.0).to(narrow)
             da = dot(tl.trans(ds), h, da, UP)
             # silu' = s + silu (1 - s)
+            dgate = dh * up * (s + silu * (1.0 - s))
             out = dgate_up_ptr + t * dgate_up_stride + f
-            tl.store(out, (dh * up * (s + silu * (1.0 - s))).to(narrow), mask=mask)
+            tl.store(out, dgate.to(narrow), mask=mask)
             tl.store(out + F, (dh * silu).to(narrow), mask=mask)
+            u = tl.sum(dgate * gate + dh * silu * up, axis=1)[:, None]
+            tl.store(u_parts + c * T + t, u, mask=t < T)
         db_gate = read_back(
             dgate_up_ptr, b_ptr, t_ptr, ds_parts, db_gate, chunk, end, n, F, GATE, T,
             dgate_up_stride, b_stride, t_stride, UP, BLOCK_T, BLOCK_R,
@@ -181,6 +186,8 @@ class GateGradients(NamedTuple):
     db_PFR: tuple[Tensor, Tensor]
     da_PRF: Tensor
     """Of down, without the mask's scale."""
+    u_CT: Tensor
+    """Row sums of gate and up times their gradients."""
 
 
 def swiglu_backward_with_lora(
@@ -213,12 +220,13 @@ def swiglu_backward_with_lora(
 
     ds_C = parts(columns, T * (gate + up))
     db_P, da_PRF = parts(splits, F * (gate + up)), parts(splits, R, F)
+    u_CT = parts(columns, T)
     positions, draws, *numbers = mask_arguments(mask.dropout, mask.site, dh_TF)
     launch(
         _swiglu_bwd_lora, (columns, splits), dh_TF, gate_up_T2F, ds_TR, a_RF, b_2FR, t_TR, out_T2F,
-        ds_C, db_P, da_PRF, positions, draws, T, F, R, gate, up, ds_TR.stride(0), a_RF.stride(0),
-        b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows, keep_scale(mask.dropout),
-        *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK,
+        ds_C, db_P, da_PRF, u_CT, positions, draws, T, F, R, gate, up, ds_TR.stride(0),
+        a_RF.stride(0), b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows,
+        keep_scale(mask.dropout), *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK,
         BLOCK_T=32 if mask.dropout is None else 16, BLOCK_F=BLOCK_F, BLOCK_R=16, num_warps=8,
         num_stages=2,
     )  # fmt: skip
@@ -227,6 +235,7 @@ def swiglu_backward_with_lora(
         _split(ds_C, T, (gate, up)),
         _split(db_P, F, (gate, up)),
         da_PRF,
+        u_CT,
     )
 
 
