@@ -1,16 +1,16 @@
 """RMSNorm fused with the LoRA branches of the projections that follow it.
 
     forward    h = x + delta,  y = h r w,  t = s (m*y) A^T              in one pass over x and delta
-    backward   g = w * (dy + m*(ds A)),   dx = r g - r^2 u / D h + dh,   u_t = sum_k g_tk h_tk r_t
+    backward   g = w * (dy + m*(ds A)),   dx = r g - c h + dh,   c_t = r^3 / D sum_k g_tk h_tk
                dA = ds^T (m*y)                                    y from h and r, so it is not saved
 
 Where delta still lacks its own branch's part (Late), that is added to it on the way in, at no cost
 in memory. dy is the frozen product's gradient; without a mask the library product has added ds A to
 it (augmented.py), with one it is added here, and the mask is drawn once for it and for dA. The row
-sums u come first, because a program of the second kernel owns a block of columns: so dA is summed
+sums c come first, because a program of the second kernel owns a block of columns: so dA is summed
 over many rows in registers, and few parts of it go through memory. The branch's share of a row sum
-needs no columns: sum_k y_k m_k (ds A)_k = ds . t / s. And u is also the sum of what the projection
-gave times its gradient, (W y + B t) . dz, so whoever made dz may hand u over, and a pass less runs.
+needs no columns: sum_k y_k m_k (ds A)_k = ds . t / s. And D c / r^2 is also what the projection gave
+times its gradient, (W y + B t) . dz, so whoever makes dz may hand c over, and a pass less runs.
 
 Shapes   T = packed tokens, D = model width, R = padded ranks, P = row splits, L = ranks of delta's
          branch.
@@ -117,7 +117,7 @@ def _norm_t(
 
 @jit
 def _norm_sums(
-    dy_ptr, h_ptr, w_ptr, r_ptr, ds_ptr, t_ptr, u_ptr, D, R, dy_stride, ds_stride, unscale,
+    dy_ptr, h_ptr, w_ptr, r_ptr, ds_ptr, t_ptr, c_ptr, D, R, dy_stride, ds_stride, unscale,
     DROP: tl.constexpr, BLOCK_D: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -128,18 +128,18 @@ def _norm_sums(
         dy = tl.load(dy_ptr + t * dy_stride + d, mask=d < D, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + t * D + d, mask=d < D, other=0.0).to(tl.float32)
         products += dy * h * tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    total = tl.sum(products, axis=0) * r
+    total = tl.sum(products, axis=0)
     if DROP:
         rank = tl.arange(0, RANKS)
         ds = tl.load(ds_ptr + t * ds_stride + rank, mask=rank < R, other=0.0).to(tl.float32)
         s = tl.load(t_ptr + t * R + rank, mask=rank < R, other=0.0).to(tl.float32)
-        total += tl.sum(ds * s, axis=0) * unscale
-    tl.store(u_ptr + t, total)
+        total += tl.sum(ds * s, axis=0) * unscale / r
+    tl.store(c_ptr + t, r * r * r * total / D)
 
 
 @jit(do_not_specialize=["seed", "site", "q"])
 def _norm_bwd_da(
-    dy_ptr, h_ptr, w_ptr, r_ptr, u_ptr, ds_ptr, a_ptr, dh_ptr, dx_ptr, da_ptr,
+    dy_ptr, h_ptr, w_ptr, r_ptr, c_ptr, ds_ptr, a_ptr, dh_ptr, dx_ptr, da_ptr,
     positions_ptr, draws_ptr, T, D, R, dy_stride, ds_stride, a_stride, dh_stride, dx_stride, ROWS,
     keep_scale, seed, site, q,
     ADD: tl.constexpr, DROP: tl.constexpr, UP: tl.constexpr,
@@ -162,7 +162,7 @@ def _norm_bwd_da(
         dy = tl.load(dy_ptr + t * dy_stride + d, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + t * D + d, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(r_ptr + t, mask=t < T, other=0.0)
-        c = r * r * tl.load(u_ptr + t, mask=t < T, other=0.0) / D
+        c = tl.load(c_ptr + t, mask=t < T, other=0.0)
         ds = tl.load(
             ds_ptr + t * ds_stride + rank[None, :], mask=(t < T) & (rank[None, :] < R), other=0.0
         )
@@ -252,7 +252,7 @@ def norm_backward_with_da(
     mask: Mask,
     dh_TD: Tensor | None,
     room: int = 0,
-    u_T: Tensor | None = None,
+    c_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernels.
 
@@ -265,7 +265,7 @@ def norm_backward_with_da(
         mask: of the branches' input.
         dh_TD: (T, D) gradient that reaches h past the norm, or None.
         room: columns to leave free behind the rows of dx.
-        u_T: the row sums, float32, where they are known.
+        c_T: the row sums, float32, where they are known.
 
     Returns:
         dx, and (P, R, D) float32 parts of dA without the mask's scale.
@@ -275,10 +275,10 @@ def norm_backward_with_da(
     dy_TD = with_dense_rows(dy_TD)
     dh = dy_TD if dh_TD is None else with_dense_rows(dh_TD)
     drop, dx_TD = mask.dropout is not None, with_room(h_TD, (T, D), room)
-    if u_T is None:
-        u_T = torch.empty_like(r_T)
+    if c_T is None:
+        c_T = torch.empty_like(r_T)
         launch(
-            _norm_sums, (T,), dy_TD, h_TD, w_D, r_T, ds_TR, t_TR, u_T, D, R, dy_TD.stride(0),
+            _norm_sums, (T,), dy_TD, h_TD, w_D, r_T, ds_TR, t_TR, c_T, D, R, dy_TD.stride(0),
             ds_TR.stride(0), 1 / mask.scale, DROP=drop, BLOCK_D=min(2048, next_power_of_2(D)),
             RANKS=next_power_of_2(R), num_warps=8,
         )  # fmt: skip
@@ -288,7 +288,7 @@ def norm_backward_with_da(
     parts = h_TD.new_empty(splits, R, D, dtype=torch.float32)
     positions, draws, *numbers = mask_arguments(mask.dropout, mask.site, h_TD)
     launch(
-        _norm_bwd_da, (cdiv(D, block_d), splits), dy_TD, h_TD, w_D, r_T, u_T, ds_TR, a_RD, dh,
+        _norm_bwd_da, (cdiv(D, block_d), splits), dy_TD, h_TD, w_D, r_T, c_T, ds_TR, a_RD, dh,
         dx_TD, parts, positions, draws, T, D, R, dy_TD.stride(0), ds_TR.stride(0), a_RD.stride(0),
         dh.stride(0), dx_TD.stride(0), rows, keep_scale(mask.dropout), *numbers,
         ADD=dh_TD is not None, DROP=drop, UP=INTERPRETED, BLOCK_T=block_t, BLOCK_D=block_d,

@@ -89,8 +89,8 @@ class _Above(NamedTuple):
     ds_TR: Tensor
     """Of its branches, padded."""
     db: list[Tensor | None]
-    u_T: Tensor | None = None
-    """Sums of its rows times their gradients, float32, where they came at no cost."""
+    c_T: Tensor | None = None
+    """The norm's row sums, where they came at no cost."""
 
 
 def _back_through_norm(
@@ -113,12 +113,12 @@ def _back_through_norm(
         wanted: whether the residual stream's is; the embedding's is not.
     """
     h_TD, r_T, t_TR = saved
-    dy_TN, ds_TR, _, u_T = above
+    dy_TN, ds_TR, _, c_T = above
     if wanted and use.fuses():
         dn_TD = use.unmasked_gradient(dy_TN, ds_TR)
         normed, branch = (h_TD, r_T, norm.gain_D), (ds_TR, t_TR, use.buffer.a_RK)
         given = dn_TD, normed, branch, use.mask, dh_TD, norm.room
-        dx_TD, parts = norm_backward_with_da(*given, u_T)
+        dx_TD, parts = norm_backward_with_da(*given, c_T)
         return dx_TD, use.summed_a(parts)
     da = use.gradients_of_a(Source(h_TD, r_T, norm.gain_D), ds_TR)
     if not wanted:
@@ -203,7 +203,7 @@ def _back_through_heads(
         b_NR = buffer.we[columns, buffer.K :][:, part.ranks]
         t_own = t_TR[:, part.ranks]
         sums = turn_back_with_lora(gradient, dy_TN[:, columns], turn, b_NR, t_own)
-        sum_into(ds_TR[:, part.ranks], sums.ds_HTR, use.group.scale, add=False)
+        sum_into(ds_TR[:, part.ranks], sums.ds_CTR, use.group.scale, add=False)
         db.append(add_gradient(part.b_NR, sums.db_PNR, part.factor))
     return _Above(dy_TN, ds_TR, db)
 
@@ -292,7 +292,7 @@ class _NormMlp(torch.autograd.Function):
         dy_TD = with_dense_rows(dy_TD)
         ds_down_TR, db_down = down.gradients_of_b(dy_TD, t_down_TR)
         behind = _Above(dy_TD, ds_down_TR, db_down)
-        above, da_down = _back_through_gate(behind, gate_up_T2F, saved[2], gate_up, down)
+        above, da_down = _back_through_gate(behind, gate_up_T2F, saved[1:], gate_up, down)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx_TD, da = _back_through_norm(above, saved, norm, gate_up, dh_TD, wanted=wanted)
         gradients = (*in_turn(da, above.db), *in_turn(da_down, db_down))
@@ -300,17 +300,18 @@ class _NormMlp(torch.autograd.Function):
 
 
 def _back_through_gate(
-    behind: _Above, gate_up_T2F: Tensor, t_TR: Tensor, gate_up: Use, down: Use
+    behind: _Above, gate_up_T2F: Tensor, saved: Sequence[Tensor], gate_up: Use, down: Use
 ) -> tuple[_Above, list[Tensor | None]]:
     """Gradients of gate and up and of their branches, and dA of down.
 
     Args:
         behind: gradients of down and its branches.
         gate_up_T2F: gate and up.
-        t_TR: of their branches.
+        saved: r_T of the norm before them, and t_TR of their branches.
         gate_up: their projection.
         down: the projection of the gated product.
     """
+    r_T, t_TR = saved
     dy_TD, ds_down_TR, *_ = behind
     buffer, parts, F = gate_up.buffer, gate_up.parts, down.buffer.K
     ranks = _rank(parts, 0), _rank(parts, F)
@@ -323,7 +324,7 @@ def _back_through_gate(
     da_TF = down.unmasked_gradient(dy_TD, ds_down_TR)
     b_2FR, own = buffer.we[: buffer.N, buffer.K :], (ds_down_TR, down.buffer.a_RK)
     found = swiglu_backward_with_lora(
-        da_TF, gate_up_T2F, own, (b_2FR, t_TR, ranks), down.mask, buffer.room
+        da_TF, gate_up_T2F, own, (b_2FR, t_TR, ranks, r_T), down.mask, buffer.room
     )
     ds_TR = gate_up.room_for_ds(found.dgate_up_T2F)
     db: list[Tensor | None] = []
@@ -331,9 +332,9 @@ def _back_through_gate(
     for part, (ds_CTR, db_PFR) in zip(parts, sums, strict=True):
         sum_into(ds_TR[:, part.ranks], ds_CTR, gate_up.group.scale, add=False)
         db.append(add_gradient(part.b_NR, db_PFR, part.factor))
-    u_T = found.u_CT.new_empty(len(dy_TD))
-    sum_into(u_T[None], found.u_CT, 1.0, add=False)
-    return _Above(found.dgate_up_T2F, ds_TR, db, u_T), down.summed_a(found.da_PRF)
+    c_T = torch.empty_like(r_T)
+    sum_into(c_T[None], found.c_CT, 1 / buffer.K, add=False)
+    return _Above(found.dgate_up_T2F, ds_TR, db, c_T), down.summed_a(found.da_PRF)
 
 
 def _rank(parts: Sequence[Part], start: int) -> int:

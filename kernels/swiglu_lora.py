@@ -5,10 +5,10 @@
                dgate = dh up silu'(gate),  dup = dh silu(gate)
                ds_gate = s dgate B_gate,  dB_gate = dgate^T t_gate,  and up's alike
                dA = ds^T (m*h)                          h from gate and up again: it is not saved
-               u = gate . dgate + up . dup              a row's; the norm before wants it
+               c = r^2 (gate . dgate + up . dup)        a row's, for the norm before (norm_lora.py)
 
 A program of the backward kernel owns a block of columns and several rows, so that dB and dA are
-summed in registers; of ds and u it writes parts. It stops at MAX_RANK, above which its tiles would
+summed in registers; of ds and c it writes parts. It stops at MAX_RANK, above which its tiles would
 spill.
 
 Shapes   T = packed tokens, F = feed-forward width, R = padded ranks of down, C = column blocks,
@@ -82,7 +82,7 @@ def _swiglu_t(
 @jit(do_not_specialize=["seed", "site", "q"])
 def _swiglu_bwd_lora(
     dh_ptr, gate_up_ptr, ds_ptr, a_ptr, b_ptr, t_ptr, dgate_up_ptr, ds_parts, db_parts, da_parts,
-    u_parts, positions_ptr, draws_ptr,
+    r_ptr, c_parts, positions_ptr, draws_ptr,
     T, F, R, GATE, UPS, ds_stride, a_stride, b_stride, t_stride, dgate_up_stride, ROWS,
     keep_scale, seed, site, q,
     DROP: tl.constexpr, UP: tl.constexpr, CHUNK: tl.constexpr,
@@ -132,8 +132,9 @@ def _swiglu_bwd_lora(
             out = dgate_up_ptr + t * dgate_up_stride + f
             tl.store(out, dgate.to(narrow), mask=mask)
             tl.store(out + F, (dh * silu).to(narrow), mask=mask)
-            u = tl.sum(dgate * gate + dh * silu * up, axis=1)[:, None]
-            tl.store(u_parts + c * T + t, u, mask=t < T)
+            r = tl.load(r_ptr + t, mask=t < T, other=0.0)
+            own = tl.sum(dgate * gate + dh * silu * up, axis=1)[:, None]
+            tl.store(c_parts + c * T + t, r * r * own, mask=t < T)
         db_gate = read_back(
             dgate_up_ptr, b_ptr, t_ptr, ds_parts, db_gate, chunk, end, n, F, GATE, T,
             dgate_up_stride, b_stride, t_stride, UP, BLOCK_T, BLOCK_R,
@@ -186,15 +187,15 @@ class GateGradients(NamedTuple):
     db_PFR: tuple[Tensor, Tensor]
     da_PRF: Tensor
     """Of down, without the mask's scale."""
-    u_CT: Tensor
-    """Row sums of gate and up times their gradients."""
+    c_CT: Tensor
+    """The norm's row sums, times its columns."""
 
 
 def swiglu_backward_with_lora(
     dh_TF: Tensor,
     gate_up_T2F: Tensor,
     down: tuple[Tensor, Tensor],
-    above: tuple[Tensor, Tensor, tuple[int, int]],
+    above: tuple[Tensor, Tensor, tuple[int, int], Tensor],
     mask: Mask,
     room: int,
 ) -> GateGradients:
@@ -205,11 +206,11 @@ def swiglu_backward_with_lora(
         gate_up_T2F: (T, 2F) contiguous, gate first.
         down: its ds_TR and the stacked A, at most MAX_RANK ranks; rows may be strided.
         above: block-diagonal B of gate and up, (2F, ranks); their t; how many ranks each has, at
-            most MAX_RANK; rows may be strided.
+            most MAX_RANK; rows may be strided; and r_T of the norm before them.
         mask: of down's input.
         room: columns to leave free behind the rows of gate_up's gradient.
     """
-    (ds_TR, a_RF), (b_2FR, t_TR, (gate, up)) = down, above
+    (ds_TR, a_RF), (b_2FR, t_TR, (gate, up), r_T) = down, above
     (T, F), R = dh_TF.shape, ds_TR.shape[1]
     out_T2F = with_room(gate_up_T2F, gate_up_T2F.shape, room)
     columns = cdiv(F, BLOCK_F)
@@ -220,11 +221,11 @@ def swiglu_backward_with_lora(
 
     ds_C = parts(columns, T * (gate + up))
     db_P, da_PRF = parts(splits, F * (gate + up)), parts(splits, R, F)
-    u_CT = parts(columns, T)
+    c_CT = parts(columns, T)
     positions, draws, *numbers = mask_arguments(mask.dropout, mask.site, dh_TF)
     launch(
         _swiglu_bwd_lora, (columns, splits), dh_TF, gate_up_T2F, ds_TR, a_RF, b_2FR, t_TR, out_T2F,
-        ds_C, db_P, da_PRF, u_CT, positions, draws, T, F, R, gate, up, ds_TR.stride(0),
+        ds_C, db_P, da_PRF, r_T, c_CT, positions, draws, T, F, R, gate, up, ds_TR.stride(0),
         a_RF.stride(0), b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows,
         keep_scale(mask.dropout), *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK,
         BLOCK_T=32 if mask.dropout is None else 16, BLOCK_F=BLOCK_F, BLOCK_R=16, num_warps=8,
@@ -235,7 +236,7 @@ def swiglu_backward_with_lora(
         _split(ds_C, T, (gate, up)),
         _split(db_P, F, (gate, up)),
         da_PRF,
-        u_CT,
+        c_CT,
     )
 
 
