@@ -17,7 +17,7 @@ R <= MAX_RANKS; wider ones cost more columns than the passes they save.
 
 Shapes   T = packed tokens, K = input and N = output features of the group, R = padded ranks.
 Numerics One float32 accumulator for the frozen and the LoRA term, one rounding of y.
-Saved    x_TK and t_TR, compactly: a part of x's buffer would keep all of it.
+Saved    x_TK and t_TR, which may stand behind x: its buffer is kept anyway.
 Bound    FLOPs: 2*T*(N*K + R*N) forward, 2*T*(N*K + R*K) backward, and the passes of skinny.py.
 """
 
@@ -128,16 +128,25 @@ class Use(NamedTuple):
         return 0 < self.buffer.room <= most and len(set(self.group.sites)) == 1
 
     def product(
-        self, x_TK: Tensor, bias_N: Tensor | None = None, *, late: bool = False
+        self,
+        x_TK: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        late: bool = False,
+        keeps_x: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Return y, and t for the backward pass; t is also written into the room behind x.
+        """Return y, and t for the backward pass, which also stands in the room behind x.
 
-        Late, y lacks the branches' part, which whoever reads it adds.
+        Late, y lacks the branches' part, which whoever reads it adds. Whoever keeps x gets the t
+        behind it; on its own t would keep all of x.
         """
         t_TR = x_TK.new_empty(len(x_TK), self.buffer.room)
         if self.buffer.ranks:
+            x_ext = extended(x_TK, self.buffer.room)
+            if x_ext is not None and keeps_x:
+                t_TR = x_ext[:, self.buffer.K :]
             write_t(t_TR, x_TK, self.buffer.a_RK, self.group, self.parts)
-            if (x_ext := extended(x_TK, self.buffer.room)) is not None:
+            if x_ext is not None and not keeps_x:
                 x_ext[:, self.buffer.K :] = t_TR
         if late:
             return _linear(x_TK, self.buffer.w_NK, bias_N), t_TR
@@ -213,16 +222,19 @@ class _AugmentedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, use: Use, late: bool, *masters: Tensor) -> Any:
         x_TK = with_dense_rows(x_TK)
-        y_TN, t_TR = use.product(x_TK, late=late)
+        y_TN, t_TR = use.product(x_TK, late=late, keeps_x=True)
         ctx.save_for_backward(x_TK, t_TR)
         ctx.use = use
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(t_TR)
         return (y_TN, t_TR) if late else y_TN
 
     @staticmethod
-    def backward(ctx: Any, dy_TN: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x_TK, t_TR = ctx.saved_tensors
+    def backward(ctx: Any, dy_TN: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         use: Use = ctx.use
+        if dy_TN is None:
+            return None, None, None, *[None] * len(use.buffer.masters)
+        x_TK, t_TR = ctx.saved_tensors
         dy_TN = with_dense_rows(dy_TN)
         ds_TR, db = use.gradients_of_b(dy_TN, t_TR)
         da = use.gradients_of_a(skinny.Source(x_TK), ds_TR)
