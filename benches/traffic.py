@@ -161,7 +161,11 @@ def _masked_expand(v: Any) -> int:
 
 
 def _sum_parts(v: Any) -> int:
-    return v.size * (4 * v.P + (2 if v.ADD else 1) * v.out_ptr.itemsize)
+    moved = v.size * (v.parts_ptr.itemsize * v.P + (2 if v.ADD else 1) * v.out_ptr.itemsize)
+    if v.TWO:
+        two = v.parts2_ptr.itemsize * v.P2 + (2 if v.ADD2 else 1) * v.out2_ptr.itemsize
+        moved += v.size2 * two
+    return int(moved)
 
 
 FORMULAS: dict[str, Callable[[Any], int]] = {

@@ -36,6 +36,7 @@ from bioinstruct.kernels.lora import (
     Part,
     down_backward,
     group_of,
+    in_turn,
     input_gradient,
     lora_linear,
     parts_of,
@@ -44,7 +45,7 @@ from bioinstruct.kernels.lora import (
 )
 from bioinstruct.kernels.norm_lora import Late
 from bioinstruct.kernels.rows import extended, with_dense_rows
-from bioinstruct.kernels.skinny import Mask
+from bioinstruct.kernels.skinny import Gradient, Mask, Parts
 
 MAX_RANKS = 192
 
@@ -173,21 +174,21 @@ class Use(NamedTuple):
         ds_TR[:, buffer.ranks :] = 0
         return ds_TR
 
-    def gradients_of_b(self, dy_TN: Tensor, t_TR: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def gradients_of_b(self, dy_TN: Tensor, t_TR: Tensor) -> tuple[Tensor, list[Gradient]]:
         """Return ds, written into the room behind dy where there is some, and dB of each branch."""
         ds_TR = self.room_for_ds(dy_TN)
         return ds_TR, up_backward(dy_TN, t_TR, ds_TR, self.group, self.parts)
 
-    def gradients_of_a(self, source: skinny.Source, ds_TR: Tensor) -> list[Tensor | None]:
+    def gradients_of_a(self, source: skinny.Source, ds_TR: Tensor) -> list[Gradient]:
         """Return dA of each branch."""
         if not self.buffer.ranks:
             return []
         return down_backward(source, ds_TR[:, : self.buffer.ranks], self.group, self.parts)
 
-    def summed_a(self, parts_PRK: Tensor) -> list[Tensor | None]:
+    def parts_of_a(self, parts_PRK: Tensor) -> list[Gradient]:
         """Return dA of each branch, from parts that a fused kernel wrote."""
         scale = skinny.keep_scale(self.group.dropout)
-        return [skinny.add_gradient(p.a_RK, parts_PRK[:, p.ranks], scale) for p in self.parts]
+        return [Parts(p.a_RK, parts_PRK[:, p.ranks], scale) for p in self.parts]
 
     def input_gradient(self, dy_TN: Tensor, ds_TR: Tensor) -> Tensor:
         """Return dx."""
@@ -209,11 +210,6 @@ class Use(NamedTuple):
 
 def _linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return torch.mm(x_TK, w_NK.T) if bias_N is None else torch.addmm(bias_N, x_TK, w_NK.T)
-
-
-def in_turn(da: Sequence[Tensor | None], db: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of A and B of every branch, in the masters' order."""
-    return [gradient for pair in zip(da, db, strict=True) for gradient in pair]
 
 
 class _AugmentedLinear(torch.autograd.Function):

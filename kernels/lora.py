@@ -29,6 +29,7 @@ from bioinstruct.kernels import skinny
 from bioinstruct.kernels.dispatch import uses_triton
 from bioinstruct.kernels.dropout import Dropout
 from bioinstruct.kernels.rows import with_dense_rows
+from bioinstruct.kernels.skinny import Gradient, Parts, settled
 
 
 class Branch(NamedTuple):
@@ -204,15 +205,15 @@ def write_t(t_TR: Tensor, x_TK: Tensor, a_RK: Tensor, group: Group, parts: Seque
 
 def up_backward(
     dy_TN: Tensor, t_TR: Tensor, ds_TR: Tensor, group: Group, parts: Sequence[Part]
-) -> list[Tensor | None]:
-    """Write ds = s dy B, and return dB of every branch, None where it was added already."""
-    found: list[Tensor | None] = []
+) -> list[Gradient]:
+    """Write ds = s dy B, and return dB of every branch."""
+    found: list[Gradient] = []
     narrow = [] if group.fused else _narrow_b(group, parts, dy_TN.dtype)
     for i, part in enumerate(parts):
         dy, t, ds = dy_TN[:, part.columns], t_TR[:, part.ranks], ds_TR[:, part.ranks]
         if _by_kernel(group, part.ranks):
             sums = skinny.shrink_dy(dy, part.b_NR, t, ds, group.scale * part.factor)
-            found.append(skinny.add_gradient(part.b_NR, sums, part.factor))
+            found.append(Parts(part.b_NR, sums, part.factor))
         else:
             b_NR = narrow[i] if narrow else _narrow_b(group, [part], dy.dtype)[0]
             torch.mm(dy, b_NR, out=ds).mul_(group.scale)
@@ -237,8 +238,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0
 
 def down_backward(
     source: skinny.Source, ds_TR: Tensor, group: Group, parts: Sequence[Part]
-) -> list[Tensor | None]:
-    """dA = ds^T (m*x) of every branch, None where it was added already."""
+) -> list[Gradient]:
+    """dA = ds^T (m*x) of every branch."""
     if not group.fused and group.copies is not None and len(set(group.sites)) == 1:
         # one product for all of them, into gradients that lie one below the other
         _add_product(group.copies.a_grad_RK, ds_TR.T, _masked(source.made(), group, group.sites[0]))
@@ -257,7 +258,7 @@ def down_backward(
     ]
     sums_PRK = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
     scale = skinny.keep_scale(group.dropout)
-    return [skinny.add_gradient(p.a_RK, sums_PRK[:, p.ranks], scale) for p in parts]
+    return [Parts(p.a_RK, sums_PRK[:, p.ranks], scale) for p in parts]
 
 
 def input_gradient(
@@ -283,6 +284,11 @@ def input_gradient(
 
 
 # ---- autograd ----------------------------------------------------------------------------------
+
+
+def in_turn(da: Sequence[Gradient], db: Sequence[Gradient]) -> list[Tensor | None]:
+    """Gradients of A and B of every branch, in the masters' order; None where added already."""
+    return settled([gradient for pair in zip(da, db, strict=True) for gradient in pair])
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -313,7 +319,7 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             a_RK = _stacked_a(group, parts, dy_TN.dtype)
             dx_TK = input_gradient(dy_TN, w_NK, ds_TR, a_RK, group, parts)
-        return dx_TK, None, None, *(g for pair in zip(da, db, strict=True) for g in pair)
+        return dx_TK, None, None, *in_turn(da, db)
 
 
 def lora_linear(

@@ -17,6 +17,7 @@ Bound    Memory: shrink and gradient_of_a read T*K elements, shrink_dy T*N, mask
          T*K; the parts are 4*R*(C*T + P*N) and 4*R*P*K bytes.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -187,11 +188,11 @@ def _masked_expand(
 
 
 @jit
-def _sum_parts(
-    parts_ptr, out_ptr, P, size, columns, part_stride, out_stride, scale,
+def _sum_block(
+    parts_ptr, out_ptr, block, P, size, columns, part_stride, out_stride, scale,
     ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     part = parts_ptr + i
     for _ in range(0, P):
@@ -202,6 +203,25 @@ def _sum_parts(
     if ADD:
         total += tl.load(place, mask=i < size, other=0.0).to(tl.float32)
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+@jit
+def _sum_parts(
+    parts_ptr, out_ptr, P, size, columns, part_stride, out_stride, scale,
+    parts2_ptr, out2_ptr, P2, size2, part2_stride, scale2, first2,
+    ADD: tl.constexpr, ADD2: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # the programs from first2 on take a second sum, whose result is dense
+    block = tl.program_id(0)
+    if TWO and block >= first2:
+        _sum_block(
+            parts2_ptr, out2_ptr, block - first2, P2, size2, size2, part2_stride, size2, scale2,
+            ADD2, BLOCK,
+        )  # fmt: skip
+    else:
+        _sum_block(
+            parts_ptr, out_ptr, block, P, size, columns, part_stride, out_stride, scale, ADD, BLOCK
+        )
 
 
 # ---- launches ----------------------------------------------------------------------------------
@@ -237,11 +257,66 @@ def row_split(
     return cdiv(T, rows), rows
 
 
-def sum_into(out: Tensor, parts: Tensor, scale: float, *, add: bool) -> None:
-    """out (+)= scale * the sum of parts over their first dimension; out's rows may be strided."""
+class Parts(NamedTuple):
+    """A master's gradient that is still to be added up over the first axis of its parts."""
+
+    master: Tensor
+    parts: Tensor
+    """(P, *master's shape), of which the last axes are dense."""
+    scale: float = 1.0
+
+
+Gradient = Tensor | Parts | None
+"""What autograd is to store, or to leave as it is because it was added to already; or parts."""
+
+
+class _Sum(NamedTuple):
+    parts: Tensor
+    out: Tensor
+    scale: float
+    add: bool
+
+
+def _add_up(first: _Sum, second: _Sum | None = None) -> None:
+    """Launch one sum, or two; the second one's result is dense."""
+    parts, out, scale, add = first
     size, columns = out.numel(), out.shape[1]
     numbers = len(parts), size, columns, parts.stride(0), out.stride(0), scale
-    launch(_sum_parts, (cdiv(size, 1024),), parts, out, *numbers, ADD=add, BLOCK=1024, num_warps=4)
+    other = second or first
+    size2, blocks = other.out.numel(), cdiv(size, 1024)
+    numbers2 = len(other.parts), size2, other.parts.stride(0), other.scale, blocks
+    grid = (blocks + (cdiv(size2, 1024) if second else 0),)
+    launch(
+        _sum_parts, grid, parts, out, *numbers, other.parts, other.out, *numbers2,
+        ADD=add, ADD2=other.add, TWO=second is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+
+
+def sum_into(out: Tensor, parts: Tensor, scale: float) -> None:
+    """out = scale * the sum of parts over their first dimension; out's rows may be strided."""
+    _add_up(_Sum(parts, out, scale, add=False))
+
+
+def settled(gradients: Sequence[Gradient]) -> list[Tensor | None]:
+    """Add up what is in parts, two gradients a launch.
+
+    A sum is added to the master's gradient where it has one, and the result is None. That saves a
+    pass over a gradient of the master's size, and its allocation.
+    """
+    found: list[Tensor | None] = []
+    sums: list[_Sum] = []
+    for gradient in gradients:
+        if not isinstance(gradient, Parts):
+            found.append(gradient)
+            continue
+        own = gradient.master.grad
+        add = own is not None and own.is_contiguous()
+        out = own if own is not None and add else torch.empty_like(gradient.master)
+        sums.append(_Sum(gradient.parts, out, gradient.scale, add))
+        found.append(None if add else out)
+    for i in range(0, len(sums), 2):
+        _add_up(*sums[i : i + 2])
+    return found
 
 
 class Mask(NamedTuple):
@@ -306,7 +381,7 @@ def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: f
         T, N, R, dy_TN.stride(0), t_TR.stride(0), rows, UP=INTERPRETED,
         BLOCK_T=block_t, BLOCK_N=block_n, **rank_block(R, 16), num_stages=3,
     )  # fmt: skip
-    sum_into(ds_TR, ds_parts, scale, add=False)
+    sum_into(ds_TR, ds_parts, scale)
     return db_parts
 
 
@@ -381,17 +456,3 @@ def masked_expand(
         ADD=onto_TK is not None, UP=INTERPRETED, BLOCK_T=32, BLOCK_K=128, **rank_block(R),
     )  # fmt: skip
     return g_TK
-
-
-def add_gradient(master: Tensor, parts: Tensor, scale: float = 1.0) -> Tensor | None:
-    """Add scale times the parts' sum to the master's gradient where it has one, and return None.
-
-    Without one, return the gradient for autograd to store. Adding here saves a pass over a
-    gradient of the master's size, and its allocation.
-    """
-    if master.grad is not None and master.grad.is_contiguous():
-        sum_into(master.grad, parts, scale, add=True)
-        return None
-    gradient = torch.empty_like(master)
-    sum_into(gradient, parts, scale, add=False)
-    return gradient

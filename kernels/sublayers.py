@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels.augmented import Use, in_turn
-from bioinstruct.kernels.lora import Part
+from bioinstruct.kernels.augmented import Use
+from bioinstruct.kernels.lora import Part, in_turn
 from bioinstruct.kernels.norm_lora import Late, norm_backward_with_da, norm_with_t
 from bioinstruct.kernels.rmsnorm import norm_backward, norm_forward
 from bioinstruct.kernels.rope import Heads, Rotation, rotate_into, turn_back, turn_heads
 from bioinstruct.kernels.rope_lora import turn_back_with_lora
 from bioinstruct.kernels.rows import with_dense_rows, with_room
-from bioinstruct.kernels.skinny import Source, add_gradient, sum_into
+from bioinstruct.kernels.skinny import Gradient, Parts, Source, sum_into
 from bioinstruct.kernels.swiglu import swiglu_backward, swiglu_forward
 from bioinstruct.kernels.swiglu_lora import MAX_RANK as GATE_RANK
 from bioinstruct.kernels.swiglu_lora import swiglu_backward_with_lora, swiglu_with_t
@@ -88,7 +88,7 @@ class _Above(NamedTuple):
     """Gradient of the projection."""
     ds_TR: Tensor
     """Of its branches, padded."""
-    db: list[Tensor | None]
+    db: list[Gradient]
     c_T: Tensor | None = None
     """The norm's row sums, where they came at no cost."""
 
@@ -101,7 +101,7 @@ def _back_through_norm(
     dh_TD: Tensor | None,
     *,
     wanted: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
+) -> tuple[Tensor | None, list[Gradient]]:
     """Gradient of the residual stream, and dA; both in one pass where the ranks are few.
 
     Args:
@@ -119,7 +119,7 @@ def _back_through_norm(
         normed, branch = (h_TD, r_T, norm.gain_D), (ds_TR, t_TR, use.buffer.a_RK)
         given = dn_TD, normed, branch, use.mask, dh_TD, norm.room
         dx_TD, parts = norm_backward_with_da(*given, c_T)
-        return dx_TD, use.summed_a(parts)
+        return dx_TD, use.parts_of_a(parts)
     da = use.gradients_of_a(Source(h_TD, r_T, norm.gain_D), ds_TR)
     if not wanted:
         return None, da
@@ -190,7 +190,7 @@ def _back_through_heads(
     dy_TN = with_room(t_TR, (T, buffer.N), buffer.room)
     ds_TR = use.room_for_ds(dy_TN)
     by_start = {part.columns.start: part for part in use.parts}
-    db: list[Tensor | None] = []
+    db: list[Gradient] = []
     first = 0
     for gradient, turn in zip(gradients, (rotation, rotation, None), strict=True):
         heads = gradient.shape[1]
@@ -203,8 +203,8 @@ def _back_through_heads(
         b_NR = buffer.we[columns, buffer.K :][:, part.ranks]
         t_own = t_TR[:, part.ranks]
         sums = turn_back_with_lora(gradient, dy_TN[:, columns], turn, b_NR, t_own)
-        sum_into(ds_TR[:, part.ranks], sums.ds_CTR, use.group.scale, add=False)
-        db.append(add_gradient(part.b_NR, sums.db_PNR, part.factor))
+        sum_into(ds_TR[:, part.ranks], sums.ds_CTR, use.group.scale)
+        db.append(Parts(part.b_NR, sums.db_PNR, part.factor))
     return _Above(dy_TN, ds_TR, db)
 
 
@@ -301,7 +301,7 @@ class _NormMlp(torch.autograd.Function):
 
 def _back_through_gate(
     behind: _Above, gate_up_T2F: Tensor, saved: Sequence[Tensor], gate_up: Use, down: Use
-) -> tuple[_Above, list[Tensor | None]]:
+) -> tuple[_Above, list[Gradient]]:
     """Gradients of gate and up and of their branches, and dA of down.
 
     Args:
@@ -327,14 +327,14 @@ def _back_through_gate(
         da_TF, gate_up_T2F, own, (b_2FR, t_TR, ranks, r_T), down.mask, buffer.room
     )
     ds_TR = gate_up.room_for_ds(found.dgate_up_T2F)
-    db: list[Tensor | None] = []
+    db: list[Gradient] = []
     sums = [both for both in zip(found.ds_CTR, found.db_PFR, strict=True) if both[0].shape[2]]
     for part, (ds_CTR, db_PFR) in zip(parts, sums, strict=True):
-        sum_into(ds_TR[:, part.ranks], ds_CTR, gate_up.group.scale, add=False)
-        db.append(add_gradient(part.b_NR, db_PFR, part.factor))
+        sum_into(ds_TR[:, part.ranks], ds_CTR, gate_up.group.scale)
+        db.append(Parts(part.b_NR, db_PFR, part.factor))
     c_T = torch.empty_like(r_T)
-    sum_into(c_T[None], found.c_CT, 1 / buffer.K, add=False)
-    return _Above(found.dgate_up_T2F, ds_TR, db, c_T), down.summed_a(found.da_PRF)
+    sum_into(c_T[None], found.c_CT, 1 / buffer.K)
+    return _Above(found.dgate_up_T2F, ds_TR, db, c_T), down.parts_of_a(found.da_PRF)
 
 
 def _rank(parts: Sequence[Part], start: int) -> int:

@@ -22,8 +22,8 @@ from bioinstruct.kernels import (
     sublayers,
     swiglu_lora,
 )
-from bioinstruct.kernels.augmented import Augmented, Use, in_turn
-from bioinstruct.kernels.lora import group_of, lora_linear_reference
+from bioinstruct.kernels.augmented import Augmented, Use
+from bioinstruct.kernels.lora import group_of, in_turn, lora_linear_reference
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
 from bioinstruct.kernels.rope import rope_reference
 from bioinstruct.kernels.skinny import Mask
@@ -280,7 +280,7 @@ OF_HEADS: list[Fault] = [
     (sublayers, "turn_back_with_lora", last_row_unwritten),
     (Use, "unmasked_gradient", extended_though_masked),
     (Augmented, "refresh", beside_the_diagonal),
-    (Use, "summed_a", a_of_another_branch),
+    (Use, "parts_of_a", a_of_another_branch),
 ]
 OF_MLP: list[Fault] = [
     (sublayers, "swiglu_with_t", other_scale),
