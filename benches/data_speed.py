@@ -16,12 +16,12 @@ import torch
 
 from bioinstruct.benches.harness import describe, report
 from bioinstruct.model.templates import get_template, guess_template
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 from bioinstruct.synth import console
 from bioinstruct.synth.records import read_records, write_records
-from bioinstruct.train.planner import Planner
-from bioinstruct.train.token_cache import load_tokens
-from bioinstruct.train.tokens import Limits, TokenSet
+from bioinstruct.train.data.token_cache import load_tokens
+from bioinstruct.train.data.tokens import Limits, TokenSet
+from bioinstruct.train.plan.planner import Planner
 
 
 def make_records(paths: tuple[Path, ...], count: int, out: Path) -> None:

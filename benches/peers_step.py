@@ -40,8 +40,8 @@ from bioinstruct.model.adapters import Module
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llm import DTYPES, choose_device
 from bioinstruct.synth import console
+from bioinstruct.train.data.tokens import TokenSet
 from bioinstruct.train.step import add_gradient
-from bioinstruct.train.tokens import TokenSet
 
 PEERS = ("transformers", "peft")
 CHECK = Job(device="cpu", model="tiny", documents=3, document_tokens=50, pack_tokens=100, steps=1)

@@ -56,7 +56,7 @@ from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Block, Llama
 from bioinstruct.model.llm import choose_device, choose_dtype
 from bioinstruct.synth import console
-from bioinstruct.train.batch import Batch
+from bioinstruct.train.data.batch import Batch
 from bioinstruct.train.step import Optimizer, add_gradient, train_step
 
 LR = 1e-4

@@ -19,8 +19,8 @@ from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Llama
 from bioinstruct.model.llm import choose_device, choose_dtype
-from bioinstruct.train.batch import Batch, collate
-from bioinstruct.train.tokens import TokenSet
+from bioinstruct.train.data.batch import Batch, collate
+from bioinstruct.train.data.tokens import TokenSet
 
 LORA = LoraSettings(r=16, alpha=32.0)
 """All seven projections, no dropout."""

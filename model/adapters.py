@@ -4,10 +4,10 @@ All masters lie in one flat float32 buffer with a flat gradient beside it, so th
 the norm and the finiteness check see two vectors, whatever the number of layers. All A come
 first, then all B, because LoRA+ gives them different learning rates. A is initialised as PEFT does
 it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own, and B starts
-at zero; or both are taken out of the weights (pissa.py).
+at zero; or both are taken out of the weights (lora/pissa.py).
 
 On disk: `adapter_model.safetensors` (float32, B unscaled) and `adapter_config.json` with PEFT's
-names and meaning (lora_settings.py, peft_config.py).
+names and meaning (lora/settings.py, lora/peft_config.py).
 
 Shapes   K input and N output features of a projection, R rank, P = all adapter parameters.
 """
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from bioinstruct.kernels import Branch, Copies
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.lora_settings import TARGETS, LoraSettings, module_path
-from bioinstruct.model.peft_config import CONFIG, read_settings, to_peft
-from bioinstruct.model.pissa import Factors, difference, principal, subtract
+from bioinstruct.model.lora.peft_config import CONFIG, read_settings, to_peft
+from bioinstruct.model.lora.pissa import Factors, difference, principal, subtract
+from bioinstruct.model.lora.settings import TARGETS, LoraSettings, module_path
 from bioinstruct.synth.files import replaces, write_text
 
 __all__ = ["CONFIG", "GROUPS", "TARGETS", "WEIGHTS", "Adapters", "LoraSettings", "Module"]

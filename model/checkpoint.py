@@ -22,11 +22,17 @@ from torch import Tensor
 
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.fields import shown
+from bioinstruct.model.formats.meta_files import SHARDS, meta_shards, read_meta
+from bioinstruct.model.formats.pickled import read_pickled
+from bioinstruct.model.formats.stored import StoredTensor, check_start, read_safetensors
+from bioinstruct.model.formats.written import (
+    check_values,
+    checked,
+    new_folder,
+    some,
+    write_safetensors,
+)
 from bioinstruct.model.gguf_header import gguf_parts
-from bioinstruct.model.meta_files import SHARDS, meta_shards, read_meta
-from bioinstruct.model.pickled import read_pickled
-from bioinstruct.model.stored import StoredTensor, check_start, read_safetensors
-from bioinstruct.model.written import check_values, checked, new_folder, some, write_safetensors
 from bioinstruct.synth.files import write_text
 
 SINGLE = "model.safetensors"
@@ -149,7 +155,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     file = _find_weights(path)
     if file.suffix == ".gguf":
         # dequantizing needs an optional package
-        from bioinstruct.model.gguf_tensors import read_gguf
+        from bioinstruct.model.formats.gguf_tensors import read_gguf
 
         return Checkpoint(file, *read_gguf(file))
     if file.match(SHARDS):

@@ -22,7 +22,7 @@ from bioinstruct.model.checkpoint import Checkpoint, open_checkpoint, save_check
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import merged, pack_documents, streamed_logits
 from bioinstruct.model.templates import guess_template
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 from bioinstruct.synth import console
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -132,7 +132,7 @@ def convert(model: Path, out: Path, form: str, dtype: str | None, shard_gb: floa
     checkpoint = open_checkpoint(model)
     pairs = _weights(checkpoint)
     if form == "meta":
-        from bioinstruct.model.meta_writer import save_meta
+        from bioinstruct.model.formats.meta_writer import save_meta
 
         files = save_meta(out, checkpoint.config, pairs, dtype=_dtype(dtype))
     else:
@@ -232,7 +232,7 @@ def copy_tokenizer(source: Path, out: Path) -> list[Path]:
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="By default the model's own.")
 def export_gguf(model: Path, out: Path, kind: str, tokenizer: Path | None) -> None:
     """Write a model and its tokenizer as one GGUF file."""
-    from bioinstruct.model.gguf_writer import save_gguf
+    from bioinstruct.model.formats.gguf_writer import save_gguf
 
     checkpoint = open_checkpoint(model)
     words = load_tokenizer(tokenizer or model)

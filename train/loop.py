@@ -1,9 +1,9 @@
 """The training run, from settings to files: prepare, score, train, score again.
 
-    prepare.py      loads and checks everything
-    folder.py       the output folder, also of a run that is resumed
-    trainer.py      takes the steps, evaluates, saves, stops
-    scores.py       task scores before and after
+    plan/prepare.py    loads and checks everything
+    resume/folder.py   the output folder, also of a run that is resumed
+    trainer.py         takes the steps, evaluates, saves, stops
+    report/scores.py   task scores before and after
 
 Under torchrun every rank runs this module alike; files are written, answers generated and scored,
 by the first rank alone.
@@ -23,18 +23,18 @@ from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.llm import Llm
 from bioinstruct.synth.console import Stopped, note
-from bioinstruct.train import folder
 from bioinstruct.train.checkpoints import MASTERS, TRAINED
-from bioinstruct.train.dry_run import summary
-from bioinstruct.train.full import FullMasters
 from bioinstruct.train.outcome import outcome_name
-from bioinstruct.train.prepare import Prepared, made, prepare
-from bioinstruct.train.ranks import ALONE, Ranks
+from bioinstruct.train.plan.dry_run import summary
+from bioinstruct.train.plan.prepare import Prepared, made, prepare
+from bioinstruct.train.ranks.process import ALONE, Ranks
+from bioinstruct.train.report.scores import check_best, score_tasks, stored_row, write_report
+from bioinstruct.train.report.tensorboard_log import check_installed
+from bioinstruct.train.resume import folder
+from bioinstruct.train.resume.state import open_state, state_name
 from bioinstruct.train.run import Run
-from bioinstruct.train.scores import check_best, score_tasks, stored_row, write_report
-from bioinstruct.train.state import open_state, state_name
-from bioinstruct.train.tensorboard_log import check_installed
 from bioinstruct.train.trainer import Trainer
+from bioinstruct.train.weights.full import FullMasters
 
 
 def train(

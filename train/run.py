@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bioinstruct.model.lora_settings import LoraSettings
+from bioinstruct.model.lora.settings import LoraSettings
 from bioinstruct.train import toml_tables
 
 SCHEDULES = "cosine", "linear", "constant", "wsd"
@@ -239,7 +239,7 @@ class PlanSettings:
     """What --dry-run and the choice of memory policy assume about the hardware."""
 
     hardware: str = "auto"
-    """A GPU of train/hardware.py by name, as in A100-40GB, or cpu; auto: what is here."""
+    """A GPU of train/plan/hardware.py by name, as in A100-40GB, or cpu; auto: what is here."""
     mfu: float = 0.4
     """Share of the GPU's peak at which the time is reckoned."""
     ranks: int = 0

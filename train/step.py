@@ -19,10 +19,10 @@ from bioinstruct.kernels import Dropout, linear_cross_entropy
 from bioinstruct.kernels.adamw import adamw_, clip_factor
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.batch import Batch
-from bioinstruct.train.masters import LoraMasters, Masters
-from bioinstruct.train.ranks import ALONE, Ranks
-from bioinstruct.train.state import Piece, State
+from bioinstruct.train.data.batch import Batch
+from bioinstruct.train.ranks.process import ALONE, Ranks
+from bioinstruct.train.resume.state import Piece, State
+from bioinstruct.train.weights.masters import LoraMasters, Masters
 
 
 class Optimizer:

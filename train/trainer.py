@@ -1,10 +1,10 @@
 """The steps of a run: take one, look at it, evaluate, save, stop.
 
     step.py         one optimizer step
-    room.py         makes packs smaller where memory runs out
+    plan/room.py    makes packs smaller where memory runs out
     culprits.py     which records are behind a step that cannot be used or stands out
     evaluation.py   validation loss, sample answers and task scores while training
-    checkpoints.py  what a resume needs (state.py: its files; standing.py: what is no tensor)
+    checkpoints.py  what a resume needs (resume/: its files, its folder, what is no tensor)
 
 A step is a function of the settings, the records and what the steps before it left behind: weights,
 moments, average and Standing. All of that is in a state, so a resumed run takes the same steps to
@@ -22,19 +22,26 @@ from typing import Any, NamedTuple
 
 from bioinstruct.synth.console import Progress, Stopped, note
 from bioinstruct.synth.files import write_text
-from bioinstruct.train import culprits, evaluation, folder
-from bioinstruct.train.batch import Batch
+from bioinstruct.train import culprits, evaluation
 from bioinstruct.train.checkpoints import Checkpoints
-from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
+from bioinstruct.train.data.batch import Batch
 from bioinstruct.train.outcome import outcome_name, save_outcome
-from bioinstruct.train.planner import StepPlan, learning_rate
-from bioinstruct.train.prepare import Prepared, own_batches
-from bioinstruct.train.profiling import Profile
-from bioinstruct.train.room import halve, try_worst_pack
-from bioinstruct.train.standing import Standing
+from bioinstruct.train.plan.planner import StepPlan, learning_rate
+from bioinstruct.train.plan.prepare import Prepared, own_batches
+from bioinstruct.train.plan.room import halve, try_worst_pack
+from bioinstruct.train.ranks.stops import stop_requests
+from bioinstruct.train.report.metrics import (
+    MetricsLog,
+    loss_svg,
+    mfu,
+    peak_memory_bytes,
+    step_flops,
+)
+from bioinstruct.train.report.profiling import Profile
+from bioinstruct.train.report.tensorboard_log import tensorboard_writer
+from bioinstruct.train.resume import folder
+from bioinstruct.train.resume.standing import Standing
 from bioinstruct.train.step import Optimizer, OutOfRoom, StepResult, train_step
-from bioinstruct.train.stops import stop_requests
-from bioinstruct.train.tensorboard_log import tensorboard_writer
 
 
 class _Taken(NamedTuple):

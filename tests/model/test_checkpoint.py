@@ -16,8 +16,8 @@ from torch import Tensor
 
 from bioinstruct.model.checkpoint import INDEX, SINGLE, open_checkpoint, save_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.stored import read_safetensors
-from bioinstruct.model.written import write_safetensors
+from bioinstruct.model.formats.stored import read_safetensors
+from bioinstruct.model.formats.written import write_safetensors
 
 TINY = LlamaConfig(
     vocab_size=11,

@@ -19,9 +19,9 @@ from torch import Tensor
 from bioinstruct.model import Llm, load
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
 from bioinstruct.model.checkpoint_cli import command
+from bioinstruct.model.formats.pickled import read_pickled
+from bioinstruct.model.formats.pickled_writer import PickledFile
 from bioinstruct.model.llama import Llama
-from bioinstruct.model.pickled import read_pickled
-from bioinstruct.model.pickled_writer import PickledFile
 
 Q = "layers.3.attention.wq.weight"
 

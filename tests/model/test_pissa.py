@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from bioinstruct.model.adapters import CONFIG, Adapters, LoraSettings
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
-from bioinstruct.model.pissa import Factors, difference, principal, subtract
+from bioinstruct.model.lora.pissa import Factors, difference, principal, subtract
 
 PATTERNED = LoraSettings(
     r=4,

@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioinstruct.model.tokenizer import Tokenizer
-from bioinstruct.train import hardware, main
-from bioinstruct.train.dry_run import dry_run
-from bioinstruct.train.memory import MARGIN, estimate, fewest_recomputed
-from bioinstruct.train.metrics import step_flops
-from bioinstruct.train.outlook import look
-from bioinstruct.train.policy import packs_of, worst_of
-from bioinstruct.train.prepare import prepare
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer
+from bioinstruct.train import main
+from bioinstruct.train.plan import hardware
+from bioinstruct.train.plan.dry_run import dry_run
+from bioinstruct.train.plan.memory import MARGIN, estimate, fewest_recomputed
+from bioinstruct.train.plan.outlook import look
+from bioinstruct.train.plan.policy import packs_of, worst_of
+from bioinstruct.train.plan.prepare import prepare
+from bioinstruct.train.plan.stand_in import ByteCount
+from bioinstruct.train.report.metrics import step_flops
 from bioinstruct.train.run import Run, read_run
 from bioinstruct.train.shapes import names, read_shape
-from bioinstruct.train.stand_in import ByteCount
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "train" / "recipes"

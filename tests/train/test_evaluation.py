@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bioinstruct.train import evaluation, tensorboard_log
-from bioinstruct.train.batch import collate
+from bioinstruct.train import evaluation
+from bioinstruct.train.data.batch import collate
 from bioinstruct.train.evaluation import validation_losses
 from bioinstruct.train.loop import train
-from bioinstruct.train.prepare import prepare
-from bioinstruct.train.profiling import read_steps
+from bioinstruct.train.plan.prepare import prepare
+from bioinstruct.train.report import tensorboard_log
+from bioinstruct.train.report.profiling import read_steps
+from bioinstruct.train.resume.standing import Standing
 from bioinstruct.train.run import Run, read_run
-from bioinstruct.train.standing import Standing
 from bioinstruct.train.step import summed_loss
 
 

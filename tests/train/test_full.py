@@ -12,14 +12,14 @@ from bioinstruct.kernels import linear_cross_entropy
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy_reference
 from bioinstruct.model import Llm, load
 from bioinstruct.model.llama import Llama
-from bioinstruct.train import base
-from bioinstruct.train.batch import Batch, collate, empty_batch
-from bioinstruct.train.full import WholeWeights, decays
+from bioinstruct.train.data.batch import Batch, collate, empty_batch
+from bioinstruct.train.data.tokens import TokenSet
 from bioinstruct.train.main import command
-from bioinstruct.train.ranks import ALONE, Ranks
+from bioinstruct.train.ranks.process import ALONE, Ranks
 from bioinstruct.train.run import Run, TrainSettings, read_run
 from bioinstruct.train.step import Optimizer, add_gradient, summed_loss, train_step
-from bioinstruct.train.tokens import TokenSet
+from bioinstruct.train.weights import base
+from bioinstruct.train.weights.full import WholeWeights, decays
 
 LENGTHS = (23, 8, 40)
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from bioinstruct.model import Llm
-from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
+from bioinstruct.train.report.metrics import (
+    MetricsLog,
+    loss_svg,
+    mfu,
+    peak_memory_bytes,
+    step_flops,
+)
 
 
 def test_rows_are_valid_json_also_when_a_loss_is_not(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioinstruct.train.planner import Planner, learning_rate, pack_samples
+from bioinstruct.train.plan.planner import Planner, learning_rate, pack_samples
 
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 batches = st.one_of(

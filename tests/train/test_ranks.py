@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.llm import Llm
-from bioinstruct.train.base import check_alike
-from bioinstruct.train.ranks import ALONE, Ranks, deal, joined
+from bioinstruct.train.ranks.process import ALONE, Ranks, deal, joined
+from bioinstruct.train.weights.base import check_alike
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def test_a_rank_ends_at_once_with_its_code(last: str, code: int) -> None:
     """What the interpreter would do at its end, as the last line of the output, does not come."""
     script = (
         "import atexit, sys\n"
-        "from bioinstruct.train.ranks import to_its_end\n"
+        "from bioinstruct.train.ranks.process import to_its_end\n"
         "atexit.register(print, 'shut down')\n"
         f"def work():\n    print('worked')\n    {last}\n"
         "to_its_end(work)\n"

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from bioinstruct.train.main import command
-from bioinstruct.train.ranks import ALONE
+from bioinstruct.train.ranks.process import ALONE
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data"

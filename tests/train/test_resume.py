@@ -15,11 +15,12 @@ import pytest
 from safetensors.torch import load_file
 
 from bioinstruct.synth.console import Stopped
-from bioinstruct.train import folder, trainer
-from bioinstruct.train.fingerprint import MAY_CHANGE, differences, model_checksum
+from bioinstruct.train import trainer
 from bioinstruct.train.main import command
+from bioinstruct.train.resume import folder
+from bioinstruct.train.resume.fingerprint import MAY_CHANGE, differences, model_checksum
+from bioinstruct.train.resume.state import steps_of
 from bioinstruct.train.run import keys
-from bioinstruct.train.state import steps_of
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "train" / "main.py"

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bioinstruct.kernels import linear_cross_entropy
-from bioinstruct.train import room, step
-from bioinstruct.train.batch import collate
+from bioinstruct.train import step
 from bioinstruct.train.culprits import halved
-from bioinstruct.train.prepare import Prepared, prepare
-from bioinstruct.train.room import halve, try_worst_pack, worst_pack
+from bioinstruct.train.data.batch import collate
+from bioinstruct.train.plan import room
+from bioinstruct.train.plan.prepare import Prepared, prepare
+from bioinstruct.train.plan.room import halve, try_worst_pack, worst_pack
+from bioinstruct.train.resume.standing import ENOUGH, WINDOW, Standing, robust_score
 from bioinstruct.train.run import Run, read_run
-from bioinstruct.train.standing import ENOUGH, WINDOW, Standing, robust_score
 from bioinstruct.train.trainer import Trainer
 
 

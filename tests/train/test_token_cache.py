@@ -13,9 +13,9 @@ import pytest
 
 from bioinstruct.model import Llm
 from bioinstruct.model.templates import get_template
-from bioinstruct.train import token_cache
-from bioinstruct.train.token_cache import load_tokens
-from bioinstruct.train.tokens import Limits, TokenSet
+from bioinstruct.train.data import token_cache
+from bioinstruct.train.data.token_cache import load_tokens
+from bioinstruct.train.data.tokens import Limits, TokenSet
 
 LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
@@ -103,9 +103,9 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from bioinstruct.model.templates import get_template
-from bioinstruct.model.tokenizer import load_tokenizer
-from bioinstruct.train import token_cache
-from bioinstruct.train.tokens import Limits
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
+from bioinstruct.train.data import token_cache
+from bioinstruct.train.data.tokens import Limits
 
 slow, path, words = float(sys.argv[1]), Path(sys.argv[2]), load_tokenizer(Path(sys.argv[3]))
 inner, store = token_cache.encode_all, token_cache._flush

@@ -41,13 +41,13 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels import lora_linear
-from bioinstruct.model.bpe_files import GPT2, QWEN2
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
 from bioinstruct.model.checkpoint_cli import command
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.generate import generate
 from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
-from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
+from bioinstruct.model.tokenizers.bpe_files import GPT2, QWEN2
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).parent
 DATA = HERE.parent
