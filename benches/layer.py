@@ -120,9 +120,7 @@ def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
     works = {name: _with_linears(frozen, [w[name] for w in each]) for name in each[0]}
     whole = layer_work(shape, itemsize, GROUPS)
     products = sum(lora_kernel.floor(group, itemsize).flops for group in groups)
-    gemms = whole._replace(
-        moved_bytes=0, narrow_bytes=0, flops=products, launches=2 * len(groups)
-    )
+    gemms = whole._replace(moved_bytes=0, narrow_bytes=0, flops=products, launches=2 * len(groups))
     return {"augmented": whole, **works, "frozen": frozen, "gemms": gemms}
 
 

@@ -33,7 +33,6 @@ from bioinstruct.kernels import Branch, Dropout, dispatch, lora_linear
 from bioinstruct.kernels.augmented import Augmented, augmented_linear
 from bioinstruct.kernels.lora import lora_linear_reference
 from bioinstruct.kernels.rows import with_room
-from bioinstruct.model.adapters import GROUPS
 
 LINEARS = {
     # name: K, rows of each projection of the group

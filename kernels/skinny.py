@@ -248,9 +248,7 @@ def rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
     return {"BLOCK_R": block, "num_warps": 4 if block < doubled_from else 8}
 
 
-def row_split(
-    T: int, blocks: int, block_t: int, programs: int = PROGRAMS
-) -> tuple[int, int]:
+def row_split(T: int, blocks: int, block_t: int, programs: int = PROGRAMS) -> tuple[int, int]:
     """(splits, rows of each) of T rows, so that splits times blocks is about that many programs."""
     wanted = max(1, min(cdiv(programs, blocks), cdiv(T, block_t)))
     rows = cdiv(cdiv(max(T, 1), wanted), block_t) * block_t

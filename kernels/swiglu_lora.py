@@ -227,9 +227,9 @@ def swiglu_backward_with_lora(
         _swiglu_bwd_lora, (columns, splits), dh_TF, gate_up_T2F, ds_TR, a_RF, b_2FR, t_TR, out_T2F,
         ds_C, db_P, da_PRF, r_T, c_CT, positions, draws, T, F, R, gate, up, ds_TR.stride(0),
         a_RF.stride(0), b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows,
-        keep_scale(mask.dropout), *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK,
-        BLOCK_T=32 if mask.dropout is None else 16, BLOCK_F=BLOCK_F, BLOCK_R=16, num_warps=8,
-        num_stages=2,
+        keep_scale(mask.dropout), *numbers, DROP=mask.dropout is not None, UP=INTERPRETED,
+        CHUNK=CHUNK, BLOCK_T=32 if mask.dropout is None else 16, BLOCK_F=BLOCK_F, BLOCK_R=16,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return GateGradients(
         out_T2F,
