@@ -141,11 +141,13 @@ def _run_rest() -> None:
     zeros = torch.zeros(TOKENS, dtype=torch.int64)
     Dropout(0.1, 2**32 - 1, zeros, zeros).mask(3, 4096, torch.bfloat16)
     p, g, m, v = torch.zeros(4, 4096)
-    for plus in (None, torch.zeros(4096, dtype=torch.bool)):
-        adamw_(p, g, m, v, lr=1e-4, step=1, plus_P=plus, plus_ratio=16.0)
+    mirror = Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)], 4096)
+    mirror.refresh(p)
+    for copies in (None, mirror):
+        mirror.version = p._version
+        adamw_(p, g, m, v, lr=1e-4, step=1, mirror=copies)
     adamw_(p, g, m, v, lr=1e-4, step=1, grad_factor=clip_factor_tensor(p[0], 1.0))
     global_norm(g)
-    Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)]).refresh(p)
 
 
 def _run_gemm_lora(R: int, p: float) -> None:

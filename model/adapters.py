@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels import Branch, Copies
+from bioinstruct.kernels.mirror import Mirror
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.lora.peft_config import CONFIG, read_settings, to_peft
 from bioinstruct.model.lora.pissa import Factors, difference, principal, subtract
@@ -97,6 +98,8 @@ class Adapters:
         self.modules: list[Module] = []
         self.taken: list[Factors] = []
         """With PiSSA, what each module's A and B began as, which the model's weights now lack."""
+        self.mirror: Mirror | None = None
+        """Copies of the masters that the model computes with, where it keeps some (kernels)."""
         self._groups: dict[tuple[int, str], list[Module]] = {}
         self._narrow: tuple[int, Tensor] | None = None
         start_a, start_b = 0, self.num_a

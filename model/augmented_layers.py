@@ -103,21 +103,17 @@ class AugmentedLayers:
             widest = max(adapters.ranks(block.layer, group) for group in GROUPS)
             fits = widest <= MAX_RANKS
             self.layers.append(AugmentedLayer(block, adapters) if fits else None)
-        self._version = adapters.version
-        self._mirror = Mirror(
-            [
-                Place(int(master.storage_offset()), block, factor)
-                for layer in self.layers
-                if layer is not None
-                for buffer in layer.buffers.values()
-                for master, block, factor in buffer.places()
-            ]
-        )
+        places = [
+            Place(int(master.storage_offset()), block, factor)
+            for layer in self.layers
+            if layer is not None
+            for buffer in layer.buffers.values()
+            for master, block, factor in buffer.places()
+        ]
+        self._mirror = adapters.mirror = Mirror(places, adapters.flat_P.numel())
+        self._mirror.version = adapters.version
 
     @torch.inference_mode(mode=False)
     def refresh(self) -> None:
-        """Round the masters into the buffers, if they changed since."""
-        if self._version == self.adapters.version:
-            return
+        """Round the masters into the buffers, if they changed since and no update did that."""
         self._mirror.refresh(self.adapters.flat_P)
-        self._version = self.adapters.version
