@@ -12,8 +12,7 @@ it, in three parts. Each is the part's forward and backward pass:
 Shapes   T = packed tokens, K inputs and N outputs of a group, R rank of each projection.
 """
 
-from collections.abc import Collection, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from bioinstruct.kernels.lora import group_of
 from bioinstruct.kernels.norm_lora import Late
 from bioinstruct.kernels.rows import with_room
 from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_mlp
-from bioinstruct.model.adapters import GROUPS
+from bioinstruct.model.adapters import GROUPS, TARGETS, projection_shapes
 from bioinstruct.model.config import LlamaConfig
 
 SCALE, SITE = 2.0, 3
@@ -42,47 +41,61 @@ def masks(T: int, p: float) -> Dropout | None:
     return Dropout(p, 2**32 - 1, zeros, zeros) if p else None
 
 
-def use_of(K: int, rows: Sequence[int], R: int, dropout: Dropout | None, N: int = 0) -> Use:
-    """A use of a buffer of N rows, or as many as the branches have; gradients exist already."""
+def use_of(K: int, N: int, own: Sequence[tuple[int, int]], R: int, dropout: Dropout | None) -> Use:
+    """A use of a buffer, whose masters have gradients already.
+
+    Args:
+        K: inputs.
+        N: rows of the frozen weight.
+        own: first row and number of rows of each projection that has an adapter.
+        R: their rank.
+        dropout: of their input.
+    """
     branches = []
-    for i, (n, end) in enumerate(zip(rows, accumulate(rows), strict=True)):
-        a_RK, b_NR = leaf(R, K, dtype=torch.float32), leaf(n, R, dtype=torch.float32)
+    for i, (start, rows) in enumerate(own):
+        a_RK, b_NR = leaf(R, K, dtype=torch.float32), leaf(rows, R, dtype=torch.float32)
         a_RK.grad, b_NR.grad = torch.zeros_like(a_RK), torch.zeros_like(b_NR)
-        branches.append(Branch(a_RK, b_NR, end - n, number=i))
-    buffer = Augmented(leaf(N or sum(rows), K).detach(), branches)
+        branches.append(Branch(a_RK, b_NR, start, number=i))
+    buffer = Augmented(leaf(N, K).detach(), branches)
     return Use(buffer, group_of(branches, SCALE, dropout, SITE, fused=True))
 
 
-def layer_passes(
-    config: LlamaConfig, T: int, R: int, p: float, adapted: Collection[str] = GROUPS
-) -> dict[str, list[Pass]]:
-    """Passes of the three parts; a group that is not adapted is the frozen product.
+def layer_calls(
+    config: LlamaConfig, T: int, R: int, p: float, adapted: Collection[str] = tuple(TARGETS)
+) -> dict[str, Callable[[], None]]:
+    """Make what the three parts of a layer work on, and return the parts.
 
     Args:
         config: the model's shape.
         T: tokens.
         R: rank of each adapted projection.
         p: dropout.
-        adapted: which groups have adapters.
+        adapted: names of the projections that have adapters.
     """
-    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
-    H, G = config.num_heads, config.num_kv_heads
-    rows = {"qkv": (H * E, G * E, G * E), "o": (D,), "gate_up": (F, F), "down": (D,)}
-    inputs = {"qkv": D, "o": H * E, "gate_up": D, "down": F}
+    shapes, dropout = projection_shapes(config), masks(T, p)
+    uses = {}
+    for group in GROUPS:
+        names = [name for name, (own, _) in TARGETS.items() if own == group]
+        places = [(shapes[name][2], shapes[name][0]) for name in names if name in adapted]
+        N, K = sum(shapes[name][0] for name in names), shapes[names[0]][1]
+        uses[group] = use_of(K, N, places, R, dropout)
+    return {
+        "qkv": _heads(config, T, uses["qkv"], uses["down"].buffer.room),
+        "o": _output(T, uses),
+        "mlp": _mlp(config.hidden_size, T, uses),
+    }
+
+
+def layer_passes(
+    config: LlamaConfig, T: int, R: int, p: float, adapted: Collection[str] = tuple(TARGETS)
+) -> dict[str, list[Pass]]:
+    """Passes of the three parts; what they are given is layer_calls'."""
     with torch.device("meta"):
-        dropout = masks(T, p)
-        uses = {
-            group: use_of(inputs[group], rows[group] if group in adapted else (), R, dropout, N)
-            for group, N in ((group, sum(rows[group])) for group in GROUPS)
-        }
-        return {
-            "qkv": _heads(config, T, uses["qkv"], uses["down"].buffer.room),
-            "o": _output(T, uses),
-            "mlp": _mlp(D, T, uses),
-        }
+        calls = layer_calls(config, T, R, p, adapted)
+        return {name: passes(call) for name, call in calls.items()}
 
 
-def _heads(config: LlamaConfig, T: int, use: Use, room: int) -> list[Pass]:
+def _heads(config: LlamaConfig, T: int, use: Use, room: int) -> Callable[[], None]:
     D, E = config.hidden_size, config.head_dim
     x_TD, delta_TD, norm = leaf(T, D), leaf(T, D), Norm(leaf(D).detach(), 1e-5, room)
     rotation = Rotation(torch.zeros(T, E // 2), torch.zeros(T, E // 2))
@@ -93,7 +106,7 @@ def _heads(config: LlamaConfig, T: int, use: Use, room: int) -> list[Pass]:
         gradients = [torch.empty(part.shape, dtype=part.dtype) for part in heads]
         _back((h_TD, *heads), (torch.empty_like(h_TD), *gradients), (x_TD, delta_TD))
 
-    return passes(call)
+    return call
 
 
 def _is_late(uses: dict[str, Use]) -> bool:
@@ -101,7 +114,7 @@ def _is_late(uses: dict[str, Use]) -> bool:
     return uses["o"].fuses() and uses["gate_up"].fuses()
 
 
-def _output(T: int, uses: dict[str, Use]) -> list[Pass]:
+def _output(T: int, uses: dict[str, Use]) -> Callable[[], None]:
     use = uses["o"]
     x_TK = leaf(T, use.buffer.K)
 
@@ -110,10 +123,10 @@ def _output(T: int, uses: dict[str, Use]) -> list[Pass]:
         dy_TN = with_room(y_TN, y_TN.shape, use.buffer.room)
         _back((y_TN,), (dy_TN,), (x_TK,))
 
-    return passes(call)
+    return call
 
 
-def _mlp(D: int, T: int, uses: dict[str, Use]) -> list[Pass]:
+def _mlp(D: int, T: int, uses: dict[str, Use]) -> Callable[[], None]:
     gate_up, down, o = uses["gate_up"], uses["down"], uses["o"].buffer
     x_TD, delta_TD, norm = leaf(T, D), leaf(T, D), Norm(leaf(D).detach(), 1e-5, o.room)
     late = None
@@ -125,7 +138,7 @@ def _mlp(D: int, T: int, uses: dict[str, Use]) -> list[Pass]:
         dy_TD = with_room(y_TD, y_TD.shape, down.buffer.room)
         _back((h_TD, y_TD), (torch.empty_like(h_TD), dy_TD), (x_TD, delta_TD))
 
-    return passes(call)
+    return call
 
 
 def _back(outputs: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:

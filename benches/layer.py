@@ -18,7 +18,7 @@ the other formulas add to it is lora_kernel.py's for every group.
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -76,20 +76,20 @@ def groups_of(shape: Shape) -> list[Shape]:
 
 
 def attention_pass(shape: Shape, itemsize: int) -> Pass:
-    """Its heads read and written, at half the products' rate, as FlashAttention 2 was seen to run."""
+    """Heads read and written, at half the products' rate, as FlashAttention 2 was seen to run."""
     config, T = config_of(shape), shape["T"]
     H, G, E = config.num_heads, config.num_kv_heads, config.head_dim
     products = 7 * T * (shape["length"] + 1) * H * E
     return Pass("attention", 6 * itemsize * T * (H + G) * E, 2 * products)
 
 
-def layer_work(shape: Shape, itemsize: int, groups: Sequence[str]) -> Work:
-    """The layer over augmented buffers, where these groups have adapters, to the frozen one."""
+def layer_work(shape: Shape, itemsize: int, adapted: Collection[str]) -> Work:
+    """The layer over augmented buffers, where these have adapters, to the frozen one."""
     given = config_of(shape), shape["T"], shape["R"], shape["p"]
     attention = attention_pass(shape, itemsize)
     own, plain = (
-        [attention, *(x for part in layer_passes(*given, adapted).values() for x in part)]
-        for adapted in (groups, ())
+        [attention, *(x for part in layer_passes(*given, targets).values() for x in part)]
+        for targets in (adapted, ())
     )
     return total(own, plain)
 
@@ -118,7 +118,7 @@ def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
     frozen, groups = layer_work(shape, itemsize, ()), groups_of(shape)
     each = [lora_kernel.formulas(group, itemsize) for group in groups]
     works = {name: _with_linears(frozen, [w[name] for w in each]) for name in each[0]}
-    whole = layer_work(shape, itemsize, GROUPS)
+    whole = layer_work(shape, itemsize, TARGETS)
     products = sum(lora_kernel.floor(group, itemsize).flops for group in groups)
     gemms = whole._replace(moved_bytes=0, narrow_bytes=0, flops=products, launches=2 * len(groups))
     return {"augmented": whole, **works, "frozen": frozen, "gemms": gemms}

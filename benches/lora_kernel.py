@@ -12,10 +12,11 @@ Variants, each forward and backward:
     manual     one autograd function that adds the branches in place by library products
     split      the graph split at the rank-wide tensors, the update in the GEMM (graph_split.py)
 
-A prediction knows one form more, `fused`: the passes taken into the norms, the rotation and the gate
-of a layer, of which it holds what the adapters add (halves.py); gate_up and down are one part there
-and have one figure. That form is timed by layer.py. What our own forms move is counted from the launches that their code
-makes (traffic.py); of the other formulas every pass over memory counts, nothing cached.
+A prediction knows one form more, `fused`: the passes taken into the norms, the rotation and the
+gate of a layer, of which it holds what the adapters add (halves.py); gate_up and down are one part
+there and have one figure. That form is timed by layer.py. What our own forms move is counted from
+the launches that their code makes (traffic.py); of the other formulas every pass over memory
+counts, nothing cached.
 """
 
 from typing import Any

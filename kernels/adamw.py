@@ -76,7 +76,9 @@ def _adamw(
     tl.store(m_ptr + i, m, mask=mask)
     tl.store(v_ptr + i, v, mask=mask)
     if COPY:
-        columns, stride, address = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+        # a place is smaller than 2^31, and divisions by 64 bits are slow
+        k, columns = k.to(tl.int32), tl.load(row + 3).to(tl.int32)
+        stride, address = tl.load(row + 4), tl.load(row + 5)
         narrow = some_ptr.dtype.element_ty
         place = address.to(tl.pointer_type(narrow)) + k // columns * stride + k % columns
         copy = (p * tl.load(factors_ptr + tl.program_id(0))).to(narrow)
@@ -119,10 +121,11 @@ def adamw_(
     """
     b1, b2 = betas
     if uses_triton(p_P, g_P, m_P, v_P):
-        numbers = lr, weight_decay, grad_factor if isinstance(grad_factor, float) else 1.0
-        unbias = 1 / (1 - b1**step), 1 / (1 - b2**step)
-        late = None if isinstance(grad_factor, float) else grad_factor
-        _launch((p_P, g_P, m_P, v_P), (*numbers, b1, 1 - b1, b2, 1 - b2, *unbias, eps), late, mirror)
+        late = grad_factor if isinstance(grad_factor, Tensor) else None
+        clip = 1.0 if isinstance(grad_factor, Tensor) else grad_factor
+        decays = b1, 1 - b1, b2, 1 - b2, 1 / (1 - b1**step), 1 / (1 - b2**step)
+        numbers = lr, weight_decay, clip, *decays, eps
+        _launch((p_P, g_P, m_P, v_P), numbers, late, mirror)
         return
     grad_factor = float(grad_factor)
     if math.isnan(grad_factor):

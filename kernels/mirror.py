@@ -40,8 +40,8 @@ class Place(NamedTuple):
 def _mirror(flat_ptr, table_ptr, factors_ptr, some_ptr, BLOCK: tl.constexpr):
     tile = tl.program_id(0)
     row = table_ptr + tile * 6
-    first, start, size = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    columns, stride, address = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    first, start, size = tl.load(row), tl.load(row + 1).to(tl.int32), tl.load(row + 2)
+    columns, stride, address = tl.load(row + 3).to(tl.int32), tl.load(row + 4), tl.load(row + 5)
     i = start + tl.arange(0, BLOCK)
     x = tl.load(flat_ptr + first + i, mask=i < size, other=0.0) * tl.load(factors_ptr + tile)
     narrow = some_ptr.dtype.element_ty

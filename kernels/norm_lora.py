@@ -9,15 +9,16 @@ in memory. dy is the frozen product's gradient; without a mask the library produ
 it (augmented.py), with one it is added here, and the mask is drawn once for it and for dA. The row
 sums c come first, because a program of the second kernel owns a block of columns: so dA is summed
 over many rows in registers, and few parts of it go through memory. The branch's share of a row sum
-needs no columns: sum_k y_k m_k (ds A)_k = ds . t / s. And D c / r^2 is also what the projection gave
-times its gradient, (W y + B t) . dz, so whoever makes dz may hand c over, and a pass less runs.
+needs no columns: sum_k y_k m_k (ds A)_k = ds . t / s. And D c / r^2 is also what the projection
+gave times its gradient, (W y + B t) . dz, so whoever makes dz may hand c over: a pass less runs.
 
 Shapes   T = packed tokens, D = model width, R = padded ranks, P = row splits, L = ranks of delta's
          branch.
 Numerics Loads and stores in the input dtype, arithmetic and sums in float32; h and y are rounded
          before they are used, so that forward and backward see the same numbers.
 Bound    Memory: forward 4*T*D elements (2*T*D without delta), read once more from cache; backward
-         reads 2*T*D for the sums, unless they are known, and moves 4*T*D; parts of dA 4*P*R*D bytes.
+         reads 2*T*D for the sums, unless they are known, and moves 4*T*D; parts of dA 4*P*R*D
+         bytes.
 """
 
 from typing import NamedTuple
@@ -31,9 +32,9 @@ from bioinstruct.kernels.rmsnorm import residual
 from bioinstruct.kernels.rows import with_dense_rows, with_room
 from bioinstruct.kernels.skinny import (
     Mask,
+    add_t,
     keep_scale,
     mask_arguments,
-    masked,
     rank_block,
     row_split,
 )
@@ -99,16 +100,10 @@ def _norm_t(
         w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         y = (h.to(tl.float32) * r * w).to(narrow)
         tl.store(y_ptr + t * y_stride + d[None, :], y, mask=mask)
-        if DROP:
-            y = masked(
-                y, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_D // 8
-            ).to(narrow)
-        a = tl.load(
-            a_ptr + rank * a_stride + d[:, None],
-            mask=(rank < R) & (d[:, None] < D),
-            other=0.0,
-        )
-        acc = dot(y, a, acc, UP)
+        acc = add_t(
+            acc, y, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, D, R,
+            DROP, UP, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
     out = (acc * scale).to(narrow)
     mask = (t < T) & (rank < R)
     tl.store(t_ptr + t * R + rank, out, mask=mask)

@@ -71,7 +71,7 @@ def _turn_back_lora(
 
 
 def _tiles(R: int) -> dict[str, int]:
-    """Heads of a program, the rank's tile, warps and stages; found by trying what spills nowhere."""
+    """Heads of a program, the rank's tile, warps and stages: what was found to spill nowhere."""
     few = R <= 16
     return {"HEADS": 1 + few, **rank_block(R, 16 if few else 64), "num_stages": 1 if few else 2}
 
@@ -110,8 +110,8 @@ def turn_back_with_lora(
     table = (dy_THE, dy_THE) if rotation is None else rotation
     launch(
         _turn_back_lora, (blocks, splits), dy_THE, out_TN, *table, b_NR, t_TR, ds_CTR, db_PNR,
-        T, H, E // 2, R, *dy_THE.stride()[:2], out_TN.stride(0), b_NR.stride(0), t_TR.stride(0), rows,
-        TURN=rotation is not None, UP=INTERPRETED, CHUNK=CHUNK, BLOCK_T=32,
+        T, H, E // 2, R, *dy_THE.stride()[:2], out_TN.stride(0), b_NR.stride(0), t_TR.stride(0),
+        rows, TURN=rotation is not None, UP=INTERPRETED, CHUNK=CHUNK, BLOCK_T=32,
         BLOCK_E=max(16, next_power_of_2(E // 2)), **tiles,
     )  # fmt: skip
     return HeadGradients(ds_CTR, db_PNR)

@@ -54,6 +54,22 @@ def masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl.
     return tl.where(keep, x, 0.0)
 
 
+@jit
+def add_t(
+    acc, x, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, K, R,
+    DROP: tl.constexpr, UP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + (m*x) A^T for the columns of x from start on; scales, the mask's too, come later."""
+    narrow = x.dtype
+    if DROP:
+        x = masked(x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8)
+        x = x.to(narrow)
+    k = (start + tl.arange(0, BLOCK_K))[:, None]
+    r = tl.arange(0, BLOCK_R)[None, :]
+    a = tl.load(a_ptr + r * a_stride + k, mask=(r < R) & (k < K), other=0.0)
+    return dot(x, a.to(narrow), acc, UP)
+
+
 @jit(do_not_specialize=["seed", "site", "q"])
 def _shrink(
     x_ptr, a_ptr, t_ptr, positions_ptr, draws_ptr, T, K, R, x_stride, a_stride, t_stride, scale,
@@ -61,23 +77,17 @@ def _shrink(
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-    r = tl.arange(0, BLOCK_R)
+    r = tl.arange(0, BLOCK_R)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + t * x_stride + k[None, :], mask=(t < T) & (k[None, :] < K), other=0.0)
-        if DROP:
-            x = masked(
-                x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8
-            ).to(x_ptr.dtype.element_ty)
-        a = tl.load(
-            a_ptr + r[None, :] * a_stride + k[:, None],
-            mask=(r[None, :] < R) & (k[:, None] < K),
-            other=0.0,
-        )
-        acc = dot(x, a.to(x_ptr.dtype.element_ty), acc, UP)
+        k = (start + tl.arange(0, BLOCK_K))[None, :]
+        x = tl.load(x_ptr + t * x_stride + k, mask=(t < T) & (k < K), other=0.0)
+        acc = add_t(
+            acc, x, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, K, R,
+            DROP, UP, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
     out = (acc * scale).to(t_ptr.dtype.element_ty)
-    tl.store(t_ptr + t * t_stride + r[None, :], out, mask=(t < T) & (r[None, :] < R))
+    tl.store(t_ptr + t * t_stride + r, out, mask=(t < T) & (r < R))
 
 
 @jit

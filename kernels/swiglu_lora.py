@@ -30,9 +30,9 @@ from bioinstruct.kernels.rows import with_room
 from bioinstruct.kernels.skinny import (
     CHUNK,
     Mask,
+    add_t,
     keep_scale,
     mask_arguments,
-    masked,
     rank_block,
     read_back,
     row_split,
@@ -63,16 +63,10 @@ def _swiglu_t(
         up = tl.load(place + F, mask=mask, other=0.0).to(tl.float32)
         h = (gate * tl.sigmoid(gate) * up).to(narrow)
         tl.store(h_ptr + t * h_stride + f[None, :], h, mask=mask)
-        if DROP:
-            h = masked(
-                h, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_F // 8
-            ).to(narrow)
-        a = tl.load(
-            a_ptr + rank * a_stride + f[:, None],
-            mask=(rank < R) & (f[:, None] < F),
-            other=0.0,
-        )
-        acc = dot(h, a, acc, UP)
+        acc = add_t(
+            acc, h, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, F, R,
+            DROP, UP, BLOCK_F, BLOCK_R,
+        )  # fmt: skip
     out = (acc * scale).to(narrow)
     mask = (t < T) & (rank < R)
     tl.store(t_ptr + t * R + rank, out, mask=mask)
