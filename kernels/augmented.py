@@ -13,7 +13,8 @@ in place.
 The masters A and B stay float32; `Augmented.refresh` rounds them into We after each change. R is
 the sum of the branches' ranks, rounded up to a multiple of 8 with zeros, so that rows stay aligned.
 B is block-diagonal, and only its diagonal blocks are ever written. For a replicated base and
-R <= MAX_RANKS; wider ones cost more columns than the passes they save.
+R <= MAX_RANKS; wider ones cost more columns than the passes they save. Where a measured table says
+that gemm_lora is faster than the library (gemm_choices.py), it computes either product.
 
 Shapes   T = packed tokens, K = input and N = output features of the group, R = padded ranks.
 Numerics One float32 accumulator for the frozen and the LoRA term, one rounding of y.
@@ -30,6 +31,7 @@ from torch import Tensor
 from bioinstruct.kernels import skinny
 from bioinstruct.kernels.dispatch import cdiv, uses_triton
 from bioinstruct.kernels.dropout import Dropout
+from bioinstruct.kernels.gemm_lora import gemm_lora, takes_product
 from bioinstruct.kernels.lora import (
     Branch,
     Group,
@@ -158,6 +160,8 @@ class Use(NamedTuple):
         buffer = self.buffer
         if not buffer.ranks:
             return _linear(x_TK, buffer.we, bias_N)
+        if bias_N is None and takes_product(x_TK, buffer.w_NK, buffer.room):
+            return gemm_lora(x_TK, buffer.w_NK, t_TR, buffer.we[: buffer.N, buffer.K :])
         x_ext = extended(x_TK, buffer.room)
         if x_ext is not None:
             return _linear(x_ext, buffer.we[: buffer.N], bias_N)
@@ -202,6 +206,8 @@ class Use(NamedTuple):
         buffer = self.buffer
         if not buffer.ranks or self.group.dropout is not None:
             return torch.mm(dy_TN, buffer.w_NK)
+        if takes_product(dy_TN, buffer.w_NK.T, buffer.room):
+            return gemm_lora(dy_TN, buffer.w_NK.T, ds_TR, buffer.a_RK.T)
         dy_ext = extended(dy_TN, buffer.room)
         if dy_ext is not None:
             return torch.mm(dy_ext, buffer.we[:, : buffer.K])

@@ -28,6 +28,7 @@ from torch import Tensor
 from bioinstruct.kernels import skinny
 from bioinstruct.kernels.dispatch import uses_triton
 from bioinstruct.kernels.dropout import Dropout
+from bioinstruct.kernels.gemm_lora import gemm_lora, takes_product
 from bioinstruct.kernels.rows import with_dense_rows
 from bioinstruct.kernels.skinny import Gradient, Parts, settled
 
@@ -270,6 +271,8 @@ def input_gradient(
     parts: Sequence[Part],
 ) -> Tensor:
     """dx = dy W + m*(ds A)."""
+    if group.fused and len(set(group.sites)) == 1 and takes_product(dy_TN, w_NK.T, len(a_RK)):
+        return gemm_lora(dy_TN, w_NK.T, ds_TR, a_RK.T, group.dropout, group.sites[0])
     if group.dropout is None:
         return torch.mm(dy_TN, w_NK).addmm_(ds_TR, a_RK)
     g_TK: Tensor | None = None
@@ -298,11 +301,16 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
         x_TK, parts = with_dense_rows(x_TK), parts_of(group, masters)
         a_RK = _stacked_a(group, parts, x_TK.dtype)
-        y_TN = torch.mm(x_TK, w_NK.T)
         t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
         write_t(t_TR, x_TK, a_RK, group, parts)
-        for part, b_NR in zip(parts, _narrow_b(group, parts, x_TK.dtype), strict=True):
-            y_TN[:, part.columns].addmm_(t_TR[:, part.ranks], b_NR.T)
+        narrow = _narrow_b(group, parts, x_TK.dtype)
+        is_whole = len(parts) == 1 and len(narrow[0]) == len(w_NK)
+        if group.fused and is_whole and takes_product(x_TK, w_NK, len(a_RK)):
+            y_TN = gemm_lora(x_TK, w_NK, t_TR, narrow[0])
+        else:
+            y_TN = torch.mm(x_TK, w_NK.T)
+            for part, b_NR in zip(parts, narrow, strict=True):
+                y_TN[:, part.columns].addmm_(t_TR[:, part.ranks], b_NR.T)
         ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
         ctx.group = group
         return y_TN
