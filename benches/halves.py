@@ -103,7 +103,7 @@ def _heads(config: LlamaConfig, T: int, use: Use, room: int) -> Callable[[], Non
     def call() -> None:
         h_TD, heads = norm_heads(x_TD, delta_TD, norm, use, rotation, config.num_heads)
         # attention gives each gradient in memory of its own
-        gradients = [torch.empty(part.shape, dtype=part.dtype) for part in heads]
+        gradients = [part.new_empty(part.shape) for part in heads]
         _back((h_TD, *heads), (torch.empty_like(h_TD), *gradients), (x_TD, delta_TD))
 
     return call
