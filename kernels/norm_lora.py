@@ -201,6 +201,12 @@ class Late(NamedTuple):
     b_DL: Tensor
 
 
+def _forward_tiles(R: int, *, late: bool) -> dict[str, int]:
+    """The rank's tile, warps and stages: what was found to spill nowhere."""
+    tiles = rank_block(R, 32 if late else 64)
+    return {**tiles, "num_stages": 1 if late and tiles["BLOCK_R"] == 32 else 2}
+
+
 def norm_with_t(
     x_TD: Tensor,
     delta_TD: Tensor | None,
@@ -235,7 +241,7 @@ def norm_with_t(
         b_DL.stride(0), eps, mask.scale * keep_scale(mask.dropout), *numbers,
         ADD=add, LATE=late is not None, DROP=mask.dropout is not None, UP=INTERPRETED,
         BLOCK_T=32, BLOCK_D=128, BLOCK_L=max(16, next_power_of_2(s_TL.shape[1])),
-        **rank_block(R), num_stages=2,
+        **_forward_tiles(R, late=late is not None),
     )  # fmt: skip
     return NormedT(h_TD, y_TD, r_T, t_TR)
 
