@@ -74,100 +74,100 @@ def _summed(found: Iterable[Pass]) -> Work:
 def kernel_bytes(launch: Launch) -> int:
     """What a launch loads and stores."""
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-    return FORMULAS[launch.kernel.fn.__name__](SimpleNamespace(**values))
+    return int(FORMULAS[launch.kernel.fn.__name__](SimpleNamespace(**values)))
 
 
-def _counters(v: Any) -> int:
+def _counters(v: Any) -> Any:
     """Position and draw number of every token, where there is a mask."""
-    return 16 * int(v.T) if v.DROP else 0
+    return 16 * v.T if v.DROP else 0
 
 
-def _rmsnorm_fwd(v: Any) -> int:
+def _rmsnorm_fwd(v: Any) -> Any:
     T, i = len(v.r_ptr), v.y_ptr.itemsize
     return i * v.D * ((4 if v.ADD else 2) * T + 1) + 4 * T
 
 
-def _rmsnorm_bwd(v: Any) -> int:
+def _rmsnorm_bwd(v: Any) -> Any:
     T, i = len(v.r_ptr), v.dx_ptr.itemsize
     return i * v.D * ((4 if v.ADD else 3) * T + 1) + 4 * T
 
 
-def _norm_t(v: Any) -> int:
+def _norm_t(v: Any) -> Any:
     i = v.y_ptr.itemsize
     wide = (4 if v.ADD else 2) * v.T + 1 + v.R + v.L
     return i * (v.D * wide + v.T * (2 * v.R + v.L)) + 4 * v.T + _counters(v)
 
 
-def _norm_sums(v: Any) -> int:
+def _norm_sums(v: Any) -> Any:
     T, i = len(v.r_ptr), v.dy_ptr.itemsize
     return i * (v.D * (2 * T + 1) + (2 * T * v.R if v.DROP else 0)) + 8 * T
 
 
-def _norm_bwd_da(v: Any) -> int:
+def _norm_bwd_da(v: Any) -> Any:
     i = v.dx_ptr.itemsize
     wide = (4 if v.ADD else 3) * v.T + 1 + (v.R if v.DROP else 0)
     return i * (v.D * wide + v.T * v.R) + 8 * v.T + 4 * v.da_ptr.numel() + _counters(v)
 
 
-def _swiglu_fwd(v: Any) -> int:
-    return int(3 * v.h_ptr.itemsize * v.h_ptr.numel())
+def _swiglu_fwd(v: Any) -> Any:
+    return 3 * v.h_ptr.itemsize * v.h_ptr.numel()
 
 
-def _swiglu_bwd(v: Any) -> int:
-    return int((6 if v.AGAIN else 5) * v.dh_ptr.itemsize * v.dh_ptr.numel())
+def _swiglu_bwd(v: Any) -> Any:
+    return (6 if v.AGAIN else 5) * v.dh_ptr.itemsize * v.dh_ptr.numel()
 
 
-def _swiglu_t(v: Any) -> int:
+def _swiglu_t(v: Any) -> Any:
     return v.h_ptr.itemsize * (v.F * (3 * v.T + v.R) + 2 * v.T * v.R) + _counters(v)
 
 
-def _swiglu_bwd_lora(v: Any) -> int:
+def _swiglu_bwd_lora(v: Any) -> Any:
     i, ranks = v.dh_ptr.itemsize, v.GATE + v.UPS
     wide = 5 * v.T + ranks + (v.R if v.DROP else 0)
     parts = sum(x.numel() for x in (v.ds_parts, v.db_parts, v.da_parts, v.c_parts))
     return i * (v.F * wide + v.T * (v.R + ranks)) + 4 * (v.T + parts) + _counters(v)
 
 
-def _rotate(v: Any) -> int:
+def _rotate(v: Any) -> Any:
     return 4 * v.T * v.half * v.heads * v.src_ptr.itemsize + 8 * v.T * v.half
 
 
-def _turn_back_lora(v: Any) -> int:
+def _turn_back_lora(v: Any) -> Any:
     i, N = v.src_ptr.itemsize, v.db_parts.shape[1]
     tables = 8 * v.T * v.half if v.TURN else 0
     parts = v.ds_parts.numel() + v.db_parts.numel()
     return i * (2 * v.T * N + N * v.R + v.T * v.R) + tables + 4 * parts
 
 
-def _shrink(v: Any) -> int:
+def _shrink(v: Any) -> Any:
     return v.x_ptr.itemsize * (v.T * v.K + v.R * (v.K + v.T)) + _counters(v)
 
 
-def _shrink_dy(v: Any) -> int:
+def _shrink_dy(v: Any) -> Any:
     parts = v.ds_ptr.numel() + v.db_ptr.numel()
     return v.dy_ptr.itemsize * v.T * (v.N + v.R) + v.b_ptr.itemsize * v.N * v.R + 4 * parts
 
 
-def _gradient_of_a(v: Any) -> int:
+def _gradient_of_a(v: Any) -> Any:
     normed = 4 * v.T + v.x_ptr.itemsize * v.K if v.NORM else 0
     wide = v.x_ptr.itemsize * v.T * (v.K + v.R)
     return wide + normed + 4 * v.da_ptr.numel() + _counters(v)
 
 
-def _masked_expand(v: Any) -> int:
+def _masked_expand(v: Any) -> Any:
     wide = (2 if v.ADD else 1) * v.T * v.K
     return v.g_ptr.itemsize * (wide + v.R * (v.T + v.K)) + 16 * v.T
 
 
-def _sum_parts(v: Any) -> int:
+def _sum_parts(v: Any) -> Any:
     moved = v.size * (v.parts_ptr.itemsize * v.P + (2 if v.ADD else 1) * v.out_ptr.itemsize)
     if v.TWO:
         two = v.parts2_ptr.itemsize * v.P2 + (2 if v.ADD2 else 1) * v.out2_ptr.itemsize
         moved += v.size2 * two
-    return int(moved)
+    return moved
 
 
-FORMULAS: dict[str, Callable[[Any], int]] = {
+FORMULAS: dict[str, Callable[[Any], Any]] = {
     function.__name__: function
     for function in (
         _rmsnorm_fwd, _rmsnorm_bwd, _norm_t, _norm_sums, _norm_bwd_da, _swiglu_fwd, _swiglu_bwd,
@@ -227,7 +227,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def passes(call: Callable[[], object]) -> list[Pass]:
     """What a call on the meta device would do: kernels first, then torch's own calls."""
-    with recorded() as launches, _Watch() as watch:
+    watch = _Watch()
+    with recorded() as launches, watch:
         call()
     found = [Pass(x.kernel.fn.__name__, kernel_bytes(x)) for x in launches]
     return found + watch.found

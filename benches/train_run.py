@@ -102,7 +102,7 @@ def frozen_flops(config: LlamaConfig, T: int, supervised: int) -> int:
 def begin_alone(device: torch.device) -> None:
     """Let this process be all the ranks there are."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = distributed.HashStore()
+    store = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 

@@ -204,7 +204,7 @@ class Late(NamedTuple):
 def _forward_tiles(R: int, *, late: bool) -> dict[str, int]:
     """The rank's tile, warps and stages: what was found to spill nowhere."""
     tiles = rank_block(R, 32 if late else 64)
-    return {**tiles, "num_stages": 1 if late and tiles["BLOCK_R"] == 32 else 2}
+    return {**tiles, "num_stages": 1 if late and R > 16 else 2}
 
 
 def norm_with_t(
