@@ -51,7 +51,7 @@ def tokenize(tokenizer: Path, records: Path) -> tuple[TokenSet, dict[str, float]
     times = {}
     for name in ("tokenize", "cached"):
         start_s, cpu_s = time.perf_counter(), time.process_time()
-        tokens = load_tokens([records], template, words, limits)
+        tokens = load_tokens(records, template, words, limits)
         times[f"{name}_s"] = time.perf_counter() - start_s
         times[f"{name}_cpu_s"] = time.process_time() - cpu_s
     return tokens, times

@@ -102,6 +102,8 @@ class Job:
     """Largest pack (micro-batch), in input tokens; None for one document."""
     steps: int
     """Timed steps."""
+    packs_at_once: int | None = None
+    """Packs that our step takes side by side; None for as many as the trainer would."""
 
     def __post_init__(self) -> None:
         if self.pack_tokens is not None and self.pack_tokens < self.document_tokens:
@@ -148,6 +150,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--pack-tokens", type=at_least_one, help="Default: one document a pack."),
         click.option("--steps", type=at_least_one, default=6, show_default=True),
+        click.option("--packs-at-once", type=at_least_one, help="Default: as the trainer."),
     ]
     for option in reversed(options):
         command = option(command)

@@ -28,6 +28,7 @@ from bioinstruct.train.outcome import outcome_name
 from bioinstruct.train.plan.dry_run import summary
 from bioinstruct.train.plan.prepare import Prepared, made, prepare
 from bioinstruct.train.ranks.process import ALONE, Ranks
+from bioinstruct.train.report.profiling import check_reached
 from bioinstruct.train.report.scores import check_best, score_tasks, stored_row, write_report
 from bioinstruct.train.report.tensorboard_log import check_installed
 from bioinstruct.train.resume import folder
@@ -61,7 +62,8 @@ def train(
 
     Raises:
         ValueError: as for prepare; a folder that holds a run; a run that cannot be continued as
-            this one; too many steps that are not finite; a record that does not fit into memory.
+            this one; too many steps that are not finite; a record that does not fit into memory;
+            steps to trace that are not taken.
         OSError: files cannot be read or written.
         Stopped: the run was interrupted; its state is saved.
     """
@@ -83,6 +85,8 @@ def train(
         ranks.from_first(lambda: stack.enter_context(folder.held(out)))
         trainer = Trainer(prepared, out, profile)
         step = trainer.take_up() if resume else None
+        if profile is not None:
+            check_reached(profile, step or 0, prepared.num_steps)
         ranks.from_first(lambda: folder.begin(out, prepared.run, made(prepared, command), step))
         note(f"writing to {out}")
         try:
@@ -123,8 +127,16 @@ def _score_before(rows: dict[str, Row], prepared: Prepared, out: Path) -> None:
         prepared.on_first(lambda own: _score(rows, prepared, plain, own, "before"), out)
 
 
-def _score(rows: dict[str, Row], prepared: Prepared, llm: Llm, out: Path, stage: str) -> None:
-    rows[stage] = score_tasks(llm, prepared.jobs, prepared.template.name, out, stage)
+def _score(
+    rows: dict[str, Row],
+    prepared: Prepared,
+    llm: Llm,
+    out: Path,
+    stage: str,
+    outcome: Path | None = None,
+) -> None:
+    template = prepared.template.name
+    rows[stage] = score_tasks(llm, prepared.jobs, template, out, stage, outcome=outcome)
 
 
 def _finish(rows: dict[str, Row], prepared: Prepared, trainer: Trainer, start_s: float) -> None:
@@ -133,12 +145,13 @@ def _finish(rows: dict[str, Row], prepared: Prepared, trainer: Trainer, start_s:
     if prepared.jobs:
 
         def score(own: Path) -> None:
-            _score(rows, prepared, _tuned(prepared, trainer), own, "after")
+            _score(rows, prepared, _tuned(prepared, trainer), own, "after", trainer.kept)
 
         prepared.on_first(score, out)
         if prepared.ranks.is_first:
-            seconds = time.monotonic() - start_s
-            print(write_report(out, prepared.run, rows, prepared.jobs, seconds))
+            seconds, kept = time.monotonic() - start_s, trainer.kept
+            run, jobs = prepared.run, prepared.jobs
+            print(write_report(out, run, rows, jobs, seconds=seconds, outcome=kept))
     prepared.ranks.from_first(lambda: folder.finish(out, standing.step))
     what = trainer.outcome.name
     if standing.best_step is not None:

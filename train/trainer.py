@@ -41,6 +41,8 @@ from bioinstruct.train.report.profiling import Profile
 from bioinstruct.train.report.tensorboard_log import tensorboard_writer
 from bioinstruct.train.resume import folder
 from bioinstruct.train.resume.standing import Standing
+from bioinstruct.train.resume.state import steps_of
+from bioinstruct.train.side_by_side import SideBySide
 from bioinstruct.train.step import Optimizer, OutOfRoom, StepResult, train_step
 
 
@@ -80,6 +82,7 @@ class Trainer:
             clip=self.settings.clip,
             ema=self.settings.ema,
         )
+        self.beside = side_by_side(prepared)
         room = prepared.planner.max_tokens
         self.standing = Standing(max_tokens=room, asked_tokens=room)
         self.checkpoints = Checkpoints(prepared, out, self.optimizer)
@@ -101,7 +104,9 @@ class Trainer:
     def hint(self) -> str:
         """Say where the run stands and how it goes on."""
         where = f"the adapter so far is in {self.out / 'adapter'}"
-        if self.prepared.adapters is None:
+        if not steps_of(folder.states_of(self.out)):
+            where = "no state was saved yet"
+        elif self.prepared.adapters is None:
             where = "its state is saved"
         return (
             f"stopped after step {self.standing.step} of {self.prepared.num_steps}; {where}; "
@@ -226,6 +231,7 @@ class Trainer:
                     lr,
                     settings.seed,
                     prepared.ranks,
+                    self.beside,
                     lambda: [len(asked)],
                     lambda: self._look_ahead(step + 1),
                 )
@@ -339,6 +345,15 @@ class Trainer:
     def _draw(self) -> None:
         lines = (self.out / folder.METRICS).read_text(encoding="utf-8").splitlines()
         write_text(self.out / "loss.svg", loss_svg([json.loads(line) for line in lines]))
+
+
+def side_by_side(prepared: Prepared) -> SideBySide | None:
+    """What takes a run's packs several at once, or None where one is taken."""
+    number, adapters = prepared.run.train.packs_at_once, prepared.adapters
+    assert isinstance(number, int)
+    if number == 1 or adapters is None:
+        return None
+    return SideBySide(prepared.llm.config, adapters, number)
 
 
 def _named(wanted: str, scores: dict[str, dict[str, float]] | None, prepared: Prepared) -> float:

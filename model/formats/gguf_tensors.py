@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.model.config import FAMILIES, LlamaConfig
+from bioinstruct.model.formats.gguf_config import config_from_gguf
 from bioinstruct.model.formats.rotary_rows import unpermute_rows
 from bioinstruct.model.formats.stored import StoredTensor, check_start
 from bioinstruct.model.gguf_header import ARRAY, NUMBERS, TEXT, gguf_parts, read_metadata
@@ -82,7 +83,7 @@ def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, StoredTensor]]:
     rope = tensors.pop(_ROPE, None)
     if rope is not None and not rope.loadable:
         raise ValueError(f"{path}: {_ROPE} is {rope.dtype}; it must hold plain numbers")
-    config = LlamaConfig.from_gguf(
+    config = config_from_gguf(
         metadata,
         str(first),
         tied_embeddings="output.weight" not in tensors,

@@ -5,12 +5,22 @@ and which control tokens a chat fine-tune has added behind the vocabulary often 
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from bioinstruct.model.fields import Fields
 
 NAME = "tokenizer_config.json"
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+"""What makes a folder of weights whole."""
 
 
 class Declared(NamedTuple):
@@ -77,3 +87,13 @@ def _added(fields: Fields) -> dict[str, int]:
                 raise ValueError(f"{source}: {key!r} is not a token id")
             added[Fields(entry, f"{source}: {key}").text("content")] = int(key)
     return added
+
+
+def copy_tokenizer(source: Path, out: Path) -> list[Path]:
+    """Copy the files of a tokenizer beside the weights, so that the folder is whole."""
+    copied = []
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+            copied.append(out / name)
+    return copied

@@ -21,7 +21,8 @@ from bioinstruct.model.checkpoint import INDEX, SINGLE, open_checkpoint, save_ch
 from bioinstruct.model.checkpoint_cli import command
 from bioinstruct.model.formats import gguf_tensors
 from bioinstruct.model.gguf_header import read_metadata
-from bioinstruct.model.llama import Llama, merged_tensors
+from bioinstruct.model.llama import Llama
+from bioinstruct.model.merging import merged_tensors
 from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from bioinstruct.synth.engine import Limits
+
 
 def _load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(
@@ -51,3 +53,18 @@ def seeds(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def local(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run on the local server, at a price and without a cap."""
+    return {
+        "out": tmp_path / "run",
+        "model": "local",
+        "base_url": server.url,
+        "seeds": seeds,
+        "price_in": 1.0,
+        "price_out": 2.0,
+        "budget": float("inf"),
+        "limits": Limits(concurrency=8, timeout_s=30),
+    }

@@ -14,7 +14,6 @@ import pytest
 from bioinstruct.synth import batch, generate
 from bioinstruct.synth.batching import Batching
 from bioinstruct.synth.console import Stopped
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.generation import Result
 from bioinstruct.synth.money import PICO
 from bioinstruct.synth.report import status
@@ -27,19 +26,8 @@ QUICK = {"poll_s": 0.02}
 
 
 @pytest.fixture
-def given(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "out": tmp_path / "run",
-        "n": 200,
-        "model": "local",
-        "base_url": server.url,
-        "seeds": seeds,
-        "price_in": PRICE_IN,
-        "price_out": PRICE_OUT,
-        "batch_factor": 0.5,
-        "budget": float("inf"),
-        "limits": Limits(concurrency=8, timeout_s=30),
-    }
+def given(local: dict[str, Any]) -> dict[str, Any]:
+    return local | {"n": 200, "batch_factor": 0.5}
 
 
 @pytest.fixture

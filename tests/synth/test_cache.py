@@ -21,20 +21,8 @@ RAW = b'{"choices": [{"message": {"content": "a"}}], "usage": {}}'
 
 
 @pytest.fixture
-def options(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "out": tmp_path / "run",
-        "n": 150,
-        "model": "local",
-        "base_url": server.url,
-        "seeds": seeds,
-        "price_in": 1.0,
-        "price_out": 2.0,
-        "batch_factor": 0.5,
-        "cache": tmp_path / "cache",
-        "budget": float("inf"),
-        "limits": Limits(concurrency=8, timeout_s=30),
-    }
+def options(local: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return local | {"n": 150, "batch_factor": 0.5, "cache": tmp_path / "cache"}
 
 
 @pytest.fixture

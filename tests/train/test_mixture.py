@@ -23,9 +23,8 @@ LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def files(tmp_path: Path) -> list[str]:
     """Two files of Alpaca records with categories and one of conversations."""
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
     for name, count in (("a", 20), ("b", 10)):
         rows = [
             {

@@ -41,12 +41,10 @@ def test_alone_everything_is_the_identity() -> None:
     ALONE.sum_(x)
     assert x.tolist() == [0, 1, 2, 3, 4]
     assert ALONE.total([1.5, 2.0]) == [1.5, 2.0]
-    assert ALONE.largest(3.0) == 3.0
     assert not ALONE.any_(False)
     assert ALONE.any_(True)
     assert ALONE.gather("a") == ["a"]
     assert ALONE.from_first(lambda: 7) == 7
-    ALONE.barrier()
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

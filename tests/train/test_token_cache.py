@@ -21,8 +21,7 @@ LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
 
 @pytest.fixture
-def records_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
+def records_file(tmp_path: Path) -> Path:
     path = tmp_path / "records.jsonl"
     rows = [
         {"instruction": f"Say {i}", "input": "", "output": f"word {i}", "category": "ab"[i % 2]}
@@ -34,7 +33,7 @@ def records_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(stories: Llm, path: Path, name: str = "bioinstruct", limits: Limits = LIMITS) -> TokenSet:
     template = get_template(name, stories.tokenizer)
-    return load_tokens([path], template, stories.tokenizer, limits)
+    return load_tokens(path, template, stories.tokenizer, limits)
 
 
 def entries(tmp_path: Path) -> list[Path]:
@@ -121,7 +120,7 @@ def flush(file):
 
 token_cache.encode_all, token_cache._flush = encode, flush
 found = token_cache.load_tokens(
-    [path], get_template("bioinstruct", words), words, Limits(400, "error", "error")
+    path, get_template("bioinstruct", words), words, Limits(400, "error", "error")
 )
 print(len(found), int(found.arrays[0].sum()), flush=True)
 """

@@ -97,7 +97,9 @@ def test_many_bad_records_are_counted_and_some_shown(stories: Llm) -> None:
 
 
 def test_nothing_left(stories: Llm) -> None:
-    with pytest.raises(ValueError, match="no record is left"):
+    with pytest.raises(
+        ValueError, match="no record is left: 1 records with an empty output: f.*dropped"
+    ):
         encode(stories, record("a", "", ""), limits=Limits(400, "drop", "error"))
 
 

@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from bioinstruct.model.templates import Template
 from bioinstruct.model.tokenizers.tokenizer import Tokenizer
-from bioinstruct.synth.console import note
-from bioinstruct.train.data.token_cache import load_encoded
-from bioinstruct.train.data.tokens import Limits, TokenSet, limited
+from bioinstruct.train.data.token_cache import load_tokens
+from bioinstruct.train.data.tokens import Limits, TokenSet
 from bioinstruct.train.demo import resolve
 from bioinstruct.train.run import DataSettings, MixFile, Run
 
@@ -75,7 +74,7 @@ def load_mixture(run: Run, template: Template, tokenizer: Tokenizer, limits: Lim
     """
     data, seed = run.data, run.train.seed if run.data.seed is None else run.data.seed
     files = files_of(data)
-    parts = [_load(file, template, tokenizer, limits) for file in files]
+    parts = [load_tokens(resolve(file.path), template, tokenizer, limits) for file in files]
     _check_categories(data, files, parts)
     parts = [
         _capped(_of_categories(part, data.categories, file.categories), file, seed, i)
@@ -87,8 +86,8 @@ def load_mixture(run: Run, template: Template, tokenizer: Tokenizer, limits: Lim
     held = np.zeros(len(whole), dtype=bool)
     validation = None
     if isinstance(data.validation, str):
-        file = MixFile(path=str(existing(data.validation, "data.validation")))
-        validation = _load(file, template, tokenizer, limits)
+        held_file = existing(data.validation, "data.validation")
+        validation = load_tokens(held_file, template, tokenizer, limits)
     elif data.validation:
         held = _held_out(files, parts, data.validation, seed)
         validation = whole.subset(np.flatnonzero(held))
@@ -96,13 +95,6 @@ def load_mixture(run: Run, template: Template, tokenizer: Tokenizer, limits: Lim
     records = Records.of(whole.records, bounds)
     copies = weighted(records, bounds, [file.weight for file in files], held, seed)
     return Mixture(whole.subset(records.samples(subset(copies, data.samples, seed))), validation)
-
-
-def _load(file: MixFile, template: Template, tokenizer: Tokenizer, limits: Limits) -> TokenSet:
-    tokens, notes = limited(load_encoded(resolve(file.path), template, tokenizer), limits)
-    for line in notes:
-        note(line)
-    return tokens
 
 
 def _check_categories(

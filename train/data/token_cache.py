@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,22 +47,17 @@ REPORT = "report.json"
 _ARRAYS = "tokens", "sizes", "prompts", "lines", "records", "last", "empty", "sources", "categories"
 
 
-def load_tokens(
-    paths: Sequence[Path], template: Template, tokenizer: Tokenizer, limits: Limits
-) -> TokenSet:
-    """Read and encode record files, or take their tokens from the cache; tell what was left out.
+def load_tokens(path: Path, template: Template, tokenizer: Tokenizer, limits: Limits) -> TokenSet:
+    """Read and encode a file of records, or take its tokens from the cache; tell what is left out.
 
     Raises:
         ValueError: as for read_records, encode_all and limited.
         OSError: a file cannot be read, or the cache cannot be written.
     """
-    parts = []
-    for path in paths:
-        tokens, notes = limited(load_encoded(path, template, tokenizer), limits)
-        for line in notes:
-            note(line)
-        parts.append(tokens)
-    return TokenSet.joined(parts)
+    tokens, notes = limited(load_encoded(path, template, tokenizer), limits)
+    for line in notes:
+        note(line)
+    return tokens
 
 
 def load_encoded(path: Path, template: Template, tokenizer: Tokenizer) -> Encoded:

@@ -265,7 +265,7 @@ def limited(encoded: Encoded, limits: Limits) -> tuple[TokenSet, list[str]]:
         tokens, starts=tokens.starts + cut, sizes=tokens.sizes - cut, prompts=tokens.prompts - cut
     )
     if not kept.any():
-        raise ValueError("no record is left to train on")
+        raise ValueError(f"no record is left: {'; '.join(notes) or 'there are none'}")
     return (tokens if kept.all() else tokens.subset(np.flatnonzero(kept))), notes
 
 

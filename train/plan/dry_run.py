@@ -203,9 +203,11 @@ def _memory(outlook: Outlook, packs: list[Pack]) -> list[str]:
     memory = estimate(outlook.setup, worst, asked)
     assumed = "" if hardware.is_here else ", assumed"
     does = "fits" if fits(memory, hardware.memory_bytes) else "does NOT fit"
+    at_once = outlook.setup.packs_at_once
+    beside = f" and {at_once} packs side by side" if at_once > 1 else ""
     return [
-        f"expected peak {_gib(memory.peak)} with {asked} of {layers} layers recomputed; {does} "
-        f"{hardware.name} ({_gib(hardware.memory_bytes)}{assumed})",
+        f"expected peak {_gib(memory.peak)} with {asked} of {layers} layers recomputed{beside}; "
+        f"{does} {hardware.name} ({_gib(hardware.memory_bytes)}{assumed})",
         _parts(memory),
         *_advice(outlook, worst, memory),
     ]

@@ -58,6 +58,8 @@ class Setup:
     """Of attention."""
     shards: int = 1
     """Ranks that the weights are spread over; 1: each holds them whole."""
+    packs_at_once: int = 1
+    """Packs that are taken side by side."""
     ema: bool = False
     """Whether an average of the masters is kept."""
     answers: int = 0
@@ -147,7 +149,8 @@ def _pass(model: Llama, adapters: Adapters | None, setup: Setup, pack: Pack, tal
     rows_S, labels_S = (_counted(pack.supervised) for _ in range(2))
     dropout = None
     if adapters is not None and adapters.settings.dropout:
-        dropout = Dropout(adapters.settings.dropout, 0, positions_T, draws_T)
+        p, own = adapters.settings.dropout, adapters.settings.dropout_per_module
+        dropout = Dropout(p, 0, positions_T, draws_T, own)
     h_TD = model(ids_T, positions_T, _attention(setup.backend, pack), adapters, dropout)
     loss = linear_cross_entropy(h_TD, model.head_VD, rows_S, labels_S, 1.0)
     saved = tally.live
@@ -208,7 +211,7 @@ def estimate(setup: Setup, pack: Pack, recomputed: int = 0) -> Memory:
     weights = config.parameter_count()
     trained = weights if setup.lora is None else adapter_count(config, setup.lora)
     wide = max(4, width)
-    copies = 5 if setup.ema else 4
+    copies = (5 if setup.ema else 4) + setup.packs_at_once - 1
     if setup.lora is not None:
         held, masters = weights * width // setup.shards, trained
     else:
@@ -220,8 +223,8 @@ def estimate(setup: Setup, pack: Pack, recomputed: int = 0) -> Memory:
         weights=held,
         trained=copies * wide * masters,
         gathered=_gathered(setup) if setup.shards > 1 else 0,
-        saved=one.saved,
-        passing=one.peak - one.saved,
+        saved=setup.packs_at_once * one.saved,
+        passing=setup.packs_at_once * (one.peak - one.saved),
         # AdamW's denominators, or what the norm widens
         update=max(wide * masters, 8 * min(masters, NORM_PIECE)),
         generation=_generation(setup, pack),

@@ -9,7 +9,7 @@ The draw number of a sample, epoch * samples + place in the permutation, never r
 dropout masks are counted by it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -94,6 +94,8 @@ class Planner:
 
     def steps_of(self, epoch: int) -> int:
         """Number of steps of an epoch."""
+        if self.batch_samples is not None:
+            return -(-len(self.lengths) // self.batch_samples)
         return len(self._epoch(epoch)[1]) - 1
 
     def num_steps(self, epochs: float) -> int:
@@ -167,6 +169,40 @@ def pack_samples(lengths: Sequence[int] | NDArray[np.int64], max_tokens: int) ->
         left.append(pack)
         rooms |= 1 << (room - length)
     return [sorted(pack) for pack in packs]
+
+
+def evened(
+    packs: Sequence[list[int]],
+    number: int,
+    costs: Mapping[int, float],
+    lengths: NDArray[np.int64],
+    max_tokens: int,
+) -> list[list[int]]:
+    """Lay the samples of packs anew, so that a multiple of so many packs are about equally dear.
+
+    The dearest sample first, each into the pack that is cheapest so far and still takes it. Where
+    one is left over, or a pack would get nothing, the packs stay as they are.
+
+    Args:
+        packs: sample numbers.
+        number: packs that are computed at once.
+        costs: of each sample, in any unit.
+        lengths: tokens by sample number.
+        max_tokens: room of a pack.
+    """
+    samples = sorted((i for pack in packs for i in pack), key=lambda i: (-costs[i], i))
+    wanted = number * -(-len(packs) // number)
+    found: list[list[int]] = [[] for _ in range(wanted)]
+    spent, rooms = [0.0] * wanted, [max_tokens] * wanted
+    for i in samples:
+        fitting = [pack for pack in range(wanted) if rooms[pack] >= lengths[i]]
+        if not fitting:
+            return [*packs]
+        pack = min(fitting, key=lambda p: (spent[p], p))
+        found[pack].append(i)
+        spent[pack] += costs[i]
+        rooms[pack] -= int(lengths[i])
+    return [sorted(pack) for pack in found] if all(found) else [*packs]
 
 
 def learning_rate(

@@ -1,4 +1,4 @@
-"""What a run makes of the memory that it finds: shards, and layers that are computed again.
+"""What a run makes of the memory that it finds: shards, packs at once, layers computed again.
 
 The plan of a dry run and the run itself ask here, so that they decide alike.
 """
@@ -8,15 +8,19 @@ import os
 
 import torch
 
+from bioinstruct.kernels import dispatch
 from bioinstruct.kernels.attention import choose_backend
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llm import DTYPES, choose_dtype
+from bioinstruct.synth.console import note
 from bioinstruct.train.plan.hardware import Hardware
-from bioinstruct.train.plan.memory import Pack, Setup, fewest_recomputed
+from bioinstruct.train.plan.memory import Pack, Setup, estimate, fewest_recomputed, fits
 from bioinstruct.train.plan.planner import Planner
 from bioinstruct.train.run import Run
 from bioinstruct.train.weights.base import ROOM, resident_bytes
 
+MOST_AT_ONCE = 4
+"""Packs at once where that is left open: each holds its activations."""
 GPUS_OF_A_MACHINE = 8
 """Assumed for shard = hybrid where torchrun does not say."""
 
@@ -37,16 +41,47 @@ def worst_of(packs: list[Pack]) -> Pack:
 
 
 def settled(run: Run, config: LlamaConfig, planner: Planner, device: Hardware, ranks: int) -> Run:
-    """Choose the layers that are computed again, where a run leaves that open.
+    """Choose the packs at once and the layers that are computed again, where a run leaves it open.
 
-    They are the fewest with which the largest pack fits, and all where it does not fit at all.
+    The packs are the most of those possible that fit. The layers are the fewest with which the
+    largest packs fit, and all where these do not fit at all.
     """
-    if run.train.checkpoint_layers != "auto":
-        return run
-    setup, worst = setup_of(run, config, device, ranks), worst_of(packs_of(planner))
-    layers = fewest_recomputed(setup, worst, device.memory_bytes)
-    chosen = config.num_layers if layers is None else layers
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, checkpoint_layers=chosen))
+    setup, packs = setup_of(run, config, device, ranks), packs_of(planner)
+    number = _packs_at_once(run, setup, planner, packs, device, ranks)
+    setup = dataclasses.replace(setup, packs_at_once=number)
+    layers = run.train.checkpoint_layers
+    if layers == "auto":
+        fewest = fewest_recomputed(setup, worst_of(packs), device.memory_bytes)
+        layers = config.num_layers if fewest is None else fewest
+    train = dataclasses.replace(run.train, checkpoint_layers=layers, packs_at_once=number)
+    return dataclasses.replace(run, train=train)
+
+
+def _packs_at_once(
+    run: Run, setup: Setup, planner: Planner, packs: list[Pack], device: Hardware, ranks: int
+) -> int:
+    asked = run.train.packs_at_once
+    # threads share weights that are whole and frozen; the interpreter runs in one
+    shared = setup.lora is not None and setup.shards == 1
+    if setup.device != "cpu" or not shared or dispatch.interprets():
+        if asked not in ("auto", 1):
+            note(f"train.packs_at_once = {asked} is for adapters on a CPU; packs are taken in turn")
+        return 1
+    if isinstance(asked, int):
+        return asked
+    # a step of one pack is laid anew, as long as it has a record for each thread
+    records = max(len(planner.plan(i).draws) for i in range(planner.steps_of(0)))
+    most = min(-(-records // ranks), torch.get_num_threads(), MOST_AT_ONCE)
+    return _fitting(setup, packs, most, device)
+
+
+def _fitting(setup: Setup, packs: list[Pack], most: int, device: Hardware) -> int:
+    """The largest number of packs at once, from most down to 1, that fits."""
+    for number in range(most, 1, -1):
+        several = dataclasses.replace(setup, packs_at_once=number)
+        if fits(estimate(several, worst_of(packs)), device.memory_bytes):
+            return number
+    return 1
 
 
 def setup_of(run: Run, config: LlamaConfig, device: Hardware, ranks: int) -> Setup:
@@ -62,6 +97,7 @@ def setup_of(run: Run, config: LlamaConfig, device: Hardware, ranks: int) -> Set
         device=device.kind,
         backend=_backend(run.attention, device, dtype),
         shards=_shards(run, config, dtype, device, ranks),
+        packs_at_once=1 if run.train.packs_at_once == "auto" else int(run.train.packs_at_once),
         ema=run.train.ema > 0,
         answers=run.train.samples,
     )

@@ -28,7 +28,7 @@ from bioinstruct.train.data.batch import Batch, collate
 from bioinstruct.train.data.mixture import files_of, load_mixture
 from bioinstruct.train.data.tokens import Limits, TokenSet
 from bioinstruct.train.plan import hardware
-from bioinstruct.train.plan.planner import Planner, StepPlan
+from bioinstruct.train.plan.planner import Planner, StepPlan, evened
 from bioinstruct.train.plan.policy import settled
 from bioinstruct.train.ranks.process import ALONE, Ranks, deal
 from bioinstruct.train.report.metrics import step_flops
@@ -166,8 +166,22 @@ def plan_data(
 
 
 def own_packs(prepared: Prepared, tokens: TokenSet, plan: StepPlan) -> list[list[int]]:
-    """Return this rank's packs of a step, dealt by their FLOPs."""
-    return deal_packs(prepared, tokens, plan.packs)
+    """Return this rank's packs of a step, dealt by their FLOPs.
+
+    Where several are taken at once they are laid anew, so that no thread waits for another.
+    """
+    packs, number = deal_packs(prepared, tokens, plan.packs), prepared.run.train.packs_at_once
+    assert isinstance(number, int)
+    if number == 1:
+        return packs
+    costs = {i: _cost(prepared.llm.config, tokens, [i]) for pack in packs for i in pack}
+    return evened(packs, number, costs, tokens.lengths, prepared.planner.max_tokens)
+
+
+def _cost(config: LlamaConfig, tokens: TokenSet, pack: list[int]) -> float:
+    """FLOPs of a pack."""
+    supervised = int(tokens.supervised[pack].sum())
+    return step_flops(config, 0, tokens.lengths[pack].tolist(), supervised)
 
 
 def deal_packs(prepared: Prepared, tokens: TokenSet, packs: Sequence[list[int]]) -> list[list[int]]:
@@ -175,11 +189,7 @@ def deal_packs(prepared: Prepared, tokens: TokenSet, packs: Sequence[list[int]])
 
     Where the model is spread over the ranks, all get as many: some are empty.
     """
-    lengths, supervised = tokens.lengths, tokens.supervised
-    costs = [
-        step_flops(prepared.llm.config, 0, lengths[pack].tolist(), int(supervised[pack].sum()))
-        for pack in packs
-    ]
+    costs = [_cost(prepared.llm.config, tokens, pack) for pack in packs]
     hands = deal(costs, prepared.ranks.size)
     own = [packs[number] for number in hands[prepared.ranks.rank]]
     if prepared.masters.is_sharded:

@@ -89,14 +89,6 @@ class Ranks:
         totals: list[float] = sums.tolist()
         return totals
 
-    def largest(self, value: float) -> float:
-        """The largest of the ranks' numbers."""
-        if self.size == 1:
-            return value
-        x = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-        return float(x)
-
     def any_(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return self.total([float(flag)])[0] > 0
@@ -108,10 +100,6 @@ class Ranks:
             return [value]
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]  # every slot is filled
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here."""
-        self.total([0.0])
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Let the first rank make a value, however long it takes, and hand it to all.

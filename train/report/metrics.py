@@ -33,9 +33,7 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row, and hand it to `also`; numbers that JSON cannot hold become null."""
-        safe = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
+        safe = _fit_for_json(row)
         self.file.write(json.dumps(safe, allow_nan=False) + "\n")
         self.file.flush()
         if self.also is not None:
@@ -49,6 +47,14 @@ class MetricsLog:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _fit_for_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _fit_for_json(inner) for key, inner in value.items()}
+    return [_fit_for_json(inner) for inner in value] if isinstance(value, list) else value
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -23,6 +23,24 @@ def read_steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def check_reached(steps: tuple[int, int], taken: int, num_steps: int) -> None:
+    """Refuse a trace that would never begin.
+
+    Args:
+        steps: first and last step of the trace.
+        taken: steps taken before.
+        num_steps: of the whole run.
+
+    Raises:
+        ValueError: its first step is taken already, or never.
+    """
+    if not taken < steps[0] <= num_steps:
+        raise ValueError(
+            f"--profile {steps[0]}:{steps[1]} would trace nothing: what is left of this run is the "
+            f"steps {taken + 1} to {num_steps}; name some of those"
+        )
+
+
 class Profile:
     """Traces some steps of a run.
 

@@ -34,7 +34,15 @@ def prepare_jobs(run: Run) -> list[Job]:
     return jobs
 
 
-def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: str) -> Row:
+def score_tasks(
+    llm: Llm,
+    jobs: Sequence[Job],
+    template: str,
+    out: Path,
+    stage: str,
+    *,
+    outcome: Path | None = None,
+) -> Row:
     """Answer and score every job, and write its files to out/eval-<stage>.
 
     Args:
@@ -42,15 +50,20 @@ def score_tasks(llm: Llm, jobs: Sequence[Job], template: str, out: Path, stage: 
         jobs: prepared tasks.
         template: name of the prompt template.
         out: folder of the run.
-        stage: before | after.
+        stage: before | after | step-N.
+        outcome: folder of the adapter or of the model that answers, where the run made it.
     """
     bars = progress_bars(f" {stage} training")
     results = run_tasks(llm, jobs, template=template, on_progress=bars)
-    adapter = str(out / "adapter") if stage == "after" else None
-    row = Row(system=f"{stage} tuning", model=str(llm.path), adapter=adapter, results=results)
+    model, adapter = str(llm.path), None
+    if outcome is not None and llm.adapters is not None:
+        adapter = str(outcome)
+    elif outcome is not None:
+        model = str(outcome)
+    row = Row(system=f"{stage} tuning", model=model, adapter=adapter, results=results)
     folder = out / f"eval-{stage}"
     write_samples(folder, row, 1)
-    write_results(folder, [row], {"model": str(llm.path), "adapter": adapter, "template": template})
+    write_results(folder, [row], {"model": model, "adapter": adapter, "template": template})
     return row
 
 
@@ -126,7 +139,13 @@ def _baseline(name: str, result: Result) -> Row:
 
 
 def write_report(
-    out: Path, run: Run, rows: Mapping[str, Row], jobs: Sequence[Job], seconds: float
+    out: Path,
+    run: Run,
+    rows: Mapping[str, Row],
+    jobs: Sequence[Job],
+    *,
+    seconds: float,
+    outcome: Path,
 ) -> str:
     """Write report.md: before, after, baselines, and what each verdict rests on; return the table.
 
@@ -136,16 +155,20 @@ def write_report(
         rows: "before", where it was scored, and "after".
         jobs: the tasks they answered.
         seconds: wall time of the run so far.
+        outcome: folder of the adapter or of the model that was scored.
     """
     systems = [*rows.values(), *baseline_rows(jobs, run.eval.lexicon)]
     text = table([_main_only(row) for row in systems])
+    trained = f"LoRA r={run.lora.r} on {', '.join(run.lora.targets)}"
+    if run.train.method == "full":
+        trained = "all weights"
     verdicts = "\n".join(f"- {line}" for line in _verdicts(rows, systems[len(rows) :]))
     whole = "\n\n".join(
         [
             "# Run report",
-            f"Model `{run.model.path}`, LoRA r={run.lora.r} on {', '.join(run.lora.targets)}; "
-            f"{seconds / 60:.1f} minutes. Settings: `run.toml`; curve: `loss.svg`; adapter: "
-            "`adapter/`; every answer: `eval-before/`, `eval-after/`.",
+            f"Model `{run.model.path}`, trained: {trained}; {seconds / 60:.1f} minutes. Settings: "
+            f"`run.toml`; curve: `loss.svg`; what was scored: `{outcome.name}/`; every answer: "
+            f"{', '.join(f'`eval-{stage}/`' for stage in rows)}.",
             "![loss by step](loss.svg)",
             text,
             "Values are percentages with 95 % bootstrap intervals over items.",

@@ -25,7 +25,7 @@ MAY_CHANGE = frozenset(
         *("model.path", "model.tokenizer", "model.shape", "data.path", "data.max_tokens_per_pack"),
         *("plan.hardware", "plan.mfu", "plan.ranks"),
         *("lora.init_from", "train.save_every", "train.keep", "train.eval_every", "train.samples"),
-        *("train.checkpoint_layers", "train.max_skipped", "train.spikes"),
+        *("train.checkpoint_layers", "train.packs_at_once", "train.max_skipped", "train.spikes"),
         *("train.tensorboard", "train.deterministic"),
         *("eval.tasks", "eval.limit", "eval.before", "eval.form", "eval.lexicon", "eval.every"),
     }

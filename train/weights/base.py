@@ -48,6 +48,8 @@ def load_base(run: Run, ranks: Ranks) -> Llm:
     checkpoint = open_checkpoint(path)
     words = load_tokenizer(Path(resolve(run.model.tokenizer)) if run.model.tokenizer else path)
     check_vocabulary(checkpoint.config, words, path)
+    # before memory is asked for: a configuration may say anything
+    checkpoint.check(checkpoint.config.tensor_shapes())
     trains = run.train.method == "full"
     mode = shard_mode(run, checkpoint.config, dtype, ranks)
     if mode == "none":

@@ -38,8 +38,6 @@ from bioinstruct.train.resume.state import Piece
 from bioinstruct.train.weights.full import FullMasters, decays, ordered
 from bioinstruct.train.weights.masters import Part
 
-MODES = "full", "hybrid"
-
 
 def sharded_model(
     checkpoint: Checkpoint, ranks: Ranks, *, mode: str, dtype: torch.dtype, trains: bool
