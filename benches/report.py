@@ -297,7 +297,7 @@ def _training(rows: Sequence[Row]) -> str:
         peak, expected = row["peak_bytes"] / 1e9, row["expected_bytes"] / 1e9
         body.append(
             [
-                row["model"],
+                row["model"] + (", sharded" if row.get("shard") == "full" else ""),
                 f"{row['tokens_per_s']:,.0f}",
                 _number(row["share_of_gemm_floor"]),
                 _number(row["mfu"]),

@@ -18,6 +18,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,16 @@ def frozen_flops(config: LlamaConfig, T: int, supervised: int) -> int:
     return 4 * linears * T + 4 * config.vocab_size * config.hidden_size * supervised
 
 
-def begin_alone(device: torch.device) -> None:
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
     """Let this process be all the ranks there are."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 class Training:
@@ -265,22 +271,21 @@ def command(
     rates(kind, place, sustain)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
-    if shard == "full":
-        begin_alone(place)
-    training = Training(SHAPES[model], place, kind, pack_tokens, sharded=shard == "full")
     known = {
         "bench": "train_run",
         "model": model,
         "pack_tokens": pack_tokens,
         "shard": shard,
         "dtype": str(kind).removeprefix("torch."),
-        "attention": training.model.attention_backend,
     }
-    for done in run(training, steps):
-        row = {**known, "whole": len(done) == steps, **figures(training, done, sustain)}
-        if profiled and row["whole"]:
-            row["profile"] = profile(training, steps)
-        report({**row, **describe(place, ["triton"]), "gpu": gpu_state(place)}, out)
+    with alone(place) if shard == "full" else nullcontext():
+        training = Training(SHAPES[model], place, kind, pack_tokens, sharded=shard == "full")
+        known["attention"] = training.model.attention_backend
+        for done in run(training, steps):
+            row = {**known, "whole": len(done) == steps, **figures(training, done, sustain)}
+            if profiled and row["whole"]:
+                row["profile"] = profile(training, steps)
+            report({**row, **describe(place, ["triton"]), "gpu": gpu_state(place)}, out)
 
 
 if __name__ == "__main__":
