@@ -69,10 +69,11 @@ async def ours(url: str, requests: int, in_flight: int) -> float:
     """The engine, with its journal on disk and the tasks taken out of every answer."""
     from bioinstruct.synth.answers import candidates
     from bioinstruct.synth.endpoint import Endpoint, text_of
-    from bioinstruct.synth.engine import Engine, Limits
+    from bioinstruct.synth.engine import Engine
     from bioinstruct.synth.journal import Journal
     from bioinstruct.synth.models import Request
     from bioinstruct.synth.money import Ledger, Prices
+    from bioinstruct.synth.pace import Limits
 
     found = 0
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder)) as journal:

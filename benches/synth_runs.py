@@ -24,8 +24,8 @@ from typing import Any
 from bioinstruct.synth import batching, estimate, generation, money
 from bioinstruct.synth.batching import Batching
 from bioinstruct.synth.console import Stopped
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.journal import NAME
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.plan import Plan, Settings
 from bioinstruct.synth.totals import read_totals
 

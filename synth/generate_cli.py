@@ -138,7 +138,7 @@ def _run(command: Command) -> Command:
 
 
 def _plan(options: dict[str, Any]) -> "Plan":
-    from bioinstruct.synth.engine import Limits
+    from bioinstruct.synth.pace import Limits
     from bioinstruct.synth.plan import Plan, Settings
 
     names = ("concurrency", "rpm", "tpm", "timeout_s", "max_failures")

@@ -14,9 +14,9 @@ import pytest
 from bioinstruct.synth import batch, generate
 from bioinstruct.synth.batching import Batching
 from bioinstruct.synth.console import Stopped
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.generation import Result
 from bioinstruct.synth.money import PICO
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.report import status
 from bioinstruct.synth.totals import read_totals
 

@@ -11,8 +11,8 @@ from bioinstruct.synth import batch, generate
 from bioinstruct.synth.batching import Batching
 from bioinstruct.synth.cache import Cache
 from bioinstruct.synth.endpoint import read_response
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.generation import Result
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.report import status
 from bioinstruct.synth.totals import read_totals
 

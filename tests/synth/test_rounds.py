@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from bioinstruct.synth import batch, generate
 from bioinstruct.synth.batching import Batching
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.generation import Result
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.plan import Plan, Settings
 from bioinstruct.synth.prompting import NEW, read_prompt
 from bioinstruct.synth.questions import ROUND, rotated, wanted_tasks
