@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from bioinstruct.synth.totals import Answer, line_of, read_line
+from bioinstruct.synth.totals import Answer, answer_line, read_line
 
 
 class Cache:
@@ -61,7 +61,7 @@ class Cache:
         handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(line_of({"type": "answer", "key": answer.key}, answer))
+                file.write(answer_line(f'{{"type":"answer","key":"{answer.key}"', answer))
             os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:

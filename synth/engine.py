@@ -84,7 +84,12 @@ class Engine:
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
         self.turn, self.changed, self.halting = asyncio.Lock(), asyncio.Event(), asyncio.Event()
-        self.wire = Wire(self.endpoint.url, headers, self.endpoint.proxy())
+        self.wire = Wire(
+            self.endpoint.url,
+            headers,
+            proxy=self.endpoint.proxy(),
+            timeout_s=self.limits.timeout_s,
+        )
         return self
 
     async def __aexit__(
@@ -187,16 +192,14 @@ class Engine:
             attempt = journal.intent(key, worst)
             sent_s = time.monotonic()
             try:
-                async with asyncio.timeout(self.limits.timeout_s):
-                    status, headers, raw = await self.wire.post(request.body)
-            except (Cut, Unsent, TimeoutError) as error:
+                status, headers, raw = await self.wire.post(request.body)
+            except (Cut, Unsent) as error:
                 charge = 0 if isinstance(error, Unsent) else worst
-                text = str(error) or f"no answer within {self.limits.timeout_s:g} s"
                 took_s = time.monotonic() - sent_s
-                journal.failure(attempt, key, error=text, charged=charge, seconds=took_s)
+                journal.failure(attempt, key, error=str(error), charged=charge, seconds=took_s)
                 if isinstance(error, Unsent) and not self.answered:
-                    self.halt(ValueError(f"cannot reach {self.endpoint.base_url}: {text}"))
-                return None, {"error": text}
+                    self.halt(ValueError(f"cannot reach {self.endpoint.base_url}: {error}"))
+                return None, {"error": str(error)}
             answer = endpoints.read_response(key, status, self.endpoint.without_key(raw))
             charge = self._charge(answer, worst)
             took_s = time.monotonic() - sent_s

@@ -1,12 +1,14 @@
 """Many posts to one address: aiohttp's connections and response parser, without its session.
 
-A session prepares each request anew for cookies, redirects, tracing and bodies of any kind, and
-hands the body to a task of its own; that is over half of what a request costs. Requests to a chat
-endpoint differ in their bodies alone, so here the head is written once, and head and body go out in
-one write. Connections are those of aiohttp's connector (proxies, TLS, names, what is kept open),
+A session prepares each request anew for cookies, redirects, tracing and bodies of any kind, hands
+the body to a task of its own and sets a timer; that is over half of what a request costs. Requests
+to a chat endpoint differ in their bodies alone, so here the head is written once, head and body go
+out in one write, and one timer watches all answers: they may all take equally long, so the oldest
+is due first. Connections are those of aiohttp's connector (proxies, TLS, names, what is kept open),
 and responses are read by its parser (chunks, compression, what is too long).
 """
 
+import asyncio
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,18 +40,28 @@ class Wire:
         url: where every post goes.
         headers: of every post.
         proxy: the address of an HTTP proxy, or None.
+        timeout_s: how long a connection may take, and then its answer.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], proxy: str | None) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str], *, proxy: str | None, timeout_s: float
+    ) -> None:
         self.connector = aiohttp.TCPConnector(limit=0)
         # never sent: it tells the connector where to, and fills in what every head has
         self.model = aiohttp.ClientRequest(
             "POST", URL(url), headers=headers, proxy=URL(proxy) if proxy else None
         )
-        self.timeout, self.head = aiohttp.ClientTimeout(), b""
+        self.head, self.timeout_s = b"", timeout_s
+        self.connect_timeout = aiohttp.ClientTimeout(connect=timeout_s)
+        self.loop = asyncio.get_running_loop()
+        self.due_s: dict[asyncio.Transport, float] = {}
+        """When the answer on a connection is late, the oldest first."""
+        self.watch: asyncio.TimerHandle | None = None
 
     async def close(self) -> None:
         """Close all connections."""
+        if self.watch:
+            self.watch.cancel()
         await self.connector.close()
 
     async def post(self, body: bytes) -> Response:
@@ -57,36 +69,57 @@ class Wire:
 
         Raises:
             Unsent: no connection could be made.
-            Cut: the connection broke, or what came is no HTTP.
+            Cut: the connection broke, the answer is late, or what came is no HTTP.
         """
         connection = await self._connection()
+        protocol, transport = connection.protocol, connection.transport
+        if protocol is None or transport is None or transport.is_closing():
+            connection.close()
+            raise Cut("the connection was closed as soon as it was made")
+        self._watch(transport)
         try:
-            protocol, transport = connection.protocol, connection.transport
-            if protocol is None or transport is None or transport.is_closing():
-                raise aiohttp.ServerDisconnectedError
             protocol.set_response_params(read_until_eof=True)
             transport.write(b"%b%d\r\n\r\n%b" % (self.head, len(body), body))
             message, content = await protocol.read()
-            while message.code < 200 and message.code != 101:  # such as 103, a hint of what comes
+            while message.code < 200 and message.code != 101:  # a hint of what comes
                 message, content = await protocol.read()
             raw = await content.read()
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, aiohttp.ClientError | HttpProcessingError | OSError):
-                raise Cut(str(error) or type(error).__name__) from error
-            raise
-        connection.release()
-        return Response(message.code, message.headers, raw)
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            late = self.due_s[transport] <= self.loop.time()
+            said = f"no answer within {self.timeout_s:g} s" if late else str(error)
+            raise Cut(said or type(error).__name__) from error
+        else:
+            connection.release()
+            return Response(message.code, message.headers, raw)
+        finally:
+            del self.due_s[transport]
+            connection.close()  # unless it was released
 
     async def _connection(self) -> aiohttp.connector.Connection:
         try:
-            made = await self.connector.connect(self.model, [], self.timeout)
+            made = await self.connector.connect(self.model, [], self.connect_timeout)
+        except TimeoutError as error:
+            raise Unsent(f"no connection within {self.timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             private = isinstance(error, aiohttp.ClientConnectorCertificateError)
             how = "; SSL_CERT_FILE names the file of a private authority" if private else ""
-            raise Unsent(f"{error or type(error).__name__}{how}") from error
+            raise Unsent(f"{str(error) or type(error).__name__}{how}") from error
         self.head = self.head or self._head()
         return made
+
+    def _watch(self, transport: asyncio.Transport) -> None:
+        self.due_s[transport] = due_s = self.loop.time() + self.timeout_s
+        if self.watch is None:
+            self.watch = self.loop.call_at(due_s, self._abort_late)
+
+    def _abort_late(self) -> None:
+        """Break the connections whose answer is late, and come back when the next one is."""
+        self.watch = None
+        for transport, due_s in self.due_s.items():
+            if due_s > self.loop.time():
+                self.watch = self.loop.call_at(due_s, self._abort_late)
+                return
+            transport.abort()
 
     def _head(self) -> bytes:
         """Return what stands before a body's length; known once the connector met the proxy."""
