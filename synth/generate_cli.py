@@ -203,7 +203,20 @@ def _tell(plan: "Plan", result: "Result") -> None:
     show_default=True,
     help="Fewer open requests than this are asked online, once there are answers; 0: never.",
 )
-def batch(batch_requests: int, batch_bytes: int, poll_s: float, tail: int, **options: Any) -> None:
+@click.option(
+    "--keep-files",
+    is_flag=True,
+    help="Leave the batches' files at the provider; otherwise they are deleted once their answers "
+    "are on disk.",
+)
+def batch(
+    batch_requests: int,
+    batch_bytes: int,
+    poll_s: float,
+    tail: int,
+    keep_files: bool,
+    **options: Any,
+) -> None:
     """Make the same records through the Batch API, at its lower price.
 
     Stop it while batches are worked off: the same command collects them, also after kill -9.
@@ -212,7 +225,11 @@ def batch(batch_requests: int, batch_bytes: int, poll_s: float, tail: int, **opt
     from bioinstruct.synth.estimate import text
 
     how = batching.Batching(
-        requests=batch_requests, size_bytes=batch_bytes, poll_s=poll_s, tail=tail
+        requests=batch_requests,
+        size_bytes=batch_bytes,
+        poll_s=poll_s,
+        tail=tail,
+        keep_files=keep_files,
     )
     plan = _plan(options)
     console.note(text(plan, plan.batch_prices))

@@ -155,10 +155,13 @@ class Journal:
             os.ftruncate(self.file, self.size)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.size += len(line)
-        now_s = time.monotonic()
-        if now_s - self.synced_s > SYNC_EVERY_S:
-            os.fdatasync(self.file)
-            self.synced_s = now_s
+        if time.monotonic() - self.synced_s > SYNC_EVERY_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Let what was written outlast a power cut."""
+        os.fdatasync(self.file)
+        self.synced_s = time.monotonic()
 
     def _lock(self) -> None:
         try:
