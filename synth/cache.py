@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from bioinstruct.synth.files import make_folder
 from bioinstruct.synth.totals import Answer, answer_line, read_line
 
 
@@ -20,11 +21,12 @@ class Cache:
         folder: it is made where missing.
 
     Raises:
+        ValueError: it is a file.
         OSError: it cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--cache")
         self.folder = folder
 
     def get(self, key: str) -> Answer | None:

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bioinstruct.synth.files import make_folder
 from bioinstruct.synth.totals import Answer, Batch, answer_line, line_of, read_totals
 
 NAME = "journal.jsonl"
@@ -34,12 +35,12 @@ class Journal:
         folder: the run's folder; it is made where missing.
 
     Raises:
-        ValueError: another process holds it, or a line in it is broken.
+        ValueError: another process holds it, a line in it is broken, or the folder is a file.
         OSError: it cannot be opened or written.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--out")
         self.path = folder / NAME
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:

@@ -101,9 +101,7 @@ class Wire:
         except TimeoutError as error:
             raise Unsent(f"no connection within {self.timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            private = isinstance(error, aiohttp.ClientConnectorCertificateError)
-            how = "; SSL_CERT_FILE names the file of a private authority" if private else ""
-            raise Unsent(f"{str(error) or type(error).__name__}{how}") from error
+            raise Unsent(_why(error)) from error
         self.head = self.head or self._head()
         return made
 
@@ -128,3 +126,13 @@ class Wire:
         lines = [f"POST {model.url if whole else model.url.raw_path_qs} HTTP/1.1"]
         lines += [f"{k}: {v}" for k, v in model.headers.items() if k.lower() != "content-length"]
         return "\r\n".join([*lines, "Content-Length: "]).encode()
+
+
+def _why(error: Exception) -> str:
+    """Return why a connection could not be made."""
+    said = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"{said}; SSL_CERT_FILE names the file of a private authority"
+    if isinstance(error, aiohttp.ClientConnectorError) and error.strerror is None:
+        return f"{error.host}:{error.port}: {error.os_error}"  # a handshake that leads to nothing
+    return said

@@ -1,4 +1,4 @@
-"""The local chat server as a fixture, and a few seeds."""
+"""The local chat server as a fixture, a few seeds, and a run's settings with both."""
 
 import importlib.util
 import json
@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from bioinstruct.synth.pace import Limits
 
 
 def _load(name: str) -> ModuleType:
@@ -51,3 +53,20 @@ def seeds(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def options(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
+    """What every run of generate or batch on the local server is told."""
+    return {
+        "out": tmp_path / "run",
+        "n": 100,
+        "model": "local",
+        "base_url": server.url,
+        "seeds": seeds,
+        "price_in": 1.0,
+        "price_out": 2.0,
+        "batch_factor": 0.5,
+        "budget": float("inf"),
+        "limits": Limits(concurrency=16, timeout_s=30),
+    }

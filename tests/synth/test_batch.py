@@ -27,19 +27,8 @@ QUICK = {"poll_s": 0.02}
 
 
 @pytest.fixture
-def given(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "out": tmp_path / "run",
-        "n": 200,
-        "model": "local",
-        "base_url": server.url,
-        "seeds": seeds,
-        "price_in": PRICE_IN,
-        "price_out": PRICE_OUT,
-        "batch_factor": 0.5,
-        "budget": float("inf"),
-        "limits": Limits(concurrency=8, timeout_s=30),
-    }
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"n": 200, "limits": Limits(concurrency=8, timeout_s=30)}
 
 
 @pytest.fixture

@@ -21,20 +21,8 @@ RAW = b'{"choices": [{"message": {"content": "a"}}], "usage": {}}'
 
 
 @pytest.fixture
-def options(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "out": tmp_path / "run",
-        "n": 150,
-        "model": "local",
-        "base_url": server.url,
-        "seeds": seeds,
-        "price_in": 1.0,
-        "price_out": 2.0,
-        "batch_factor": 0.5,
-        "cache": tmp_path / "cache",
-        "budget": float("inf"),
-        "limits": Limits(concurrency=8, timeout_s=30),
-    }
+def options(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return options | {"n": 150, "cache": tmp_path / "cache"}
 
 
 @pytest.fixture
@@ -118,5 +106,5 @@ def test_a_broken_file_is_named(tmp_path: Path, make: Make) -> None:
 
 def test_a_cache_that_cannot_be_written_stops_the_run(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="--cache needs a folder, and .*file is a file"):
         make(cache=tmp_path / "file" / "cache")

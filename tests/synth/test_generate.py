@@ -26,24 +26,9 @@ Make = Callable[..., Result]
 
 
 @pytest.fixture
-def make(server: Any, seeds: Path, tmp_path: Path) -> Make:
-    """Call generate with the local server, prices and a folder, unless told otherwise."""
-
-    def call(**settings: Any) -> Result:
-        given = {
-            "out": tmp_path / "run",
-            "n": 100,
-            "model": "local",
-            "base_url": server.url,
-            "seeds": seeds,
-            "price_in": PRICE_IN,
-            "price_out": PRICE_OUT,
-            "budget": float("inf"),
-            "limits": Limits(concurrency=16, timeout_s=30),
-        }
-        return generate(**given | settings)
-
-    return call
+def make(options: dict[str, Any]) -> Make:
+    """Call generate with the usual options, unless told otherwise."""
+    return lambda **settings: generate(**options | settings)
 
 
 def command(server: Any, seeds: Path, out: Path, *more: object) -> list[str]:

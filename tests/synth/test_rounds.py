@@ -30,18 +30,11 @@ ROUNDS = {"rotate": 2, "quotas": "paper", "facets": "topic"}
 
 
 @pytest.fixture
-def options(server: Any, tmp_path: Path) -> dict[str, Any]:
+def options(options: dict[str, Any], server: Any) -> dict[str, Any]:
+    """Runs with the installed seeds, for nothing."""
     server.behaviour.tasks = 3
-    return {
-        "out": tmp_path / "run",
-        "n": 400,
-        "model": "local",
-        "base_url": server.url,
-        "price_in": 0.0,
-        "price_out": 0.0,
-        "max_tokens": 2000,
-        "limits": Limits(concurrency=16, timeout_s=30),
-    }
+    free = {"price_in": 0.0, "price_out": 0.0, "budget": None}
+    return options | free | {"n": 400, "seeds": None, "max_tokens": 2000}
 
 
 @pytest.fixture
