@@ -13,9 +13,9 @@ from collections.abc import Collection
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from bioinstruct.synth.records import FIELDS
 from bioinstruct.synth.totals import Text
 
-FIELDS = ("instruction", "input", "output")
 _fields = itemgetter(*FIELDS)
 _DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in strings
 _MARK = r"[ \t]*(?:[#*]+[ \t]*)?"

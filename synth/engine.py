@@ -78,8 +78,6 @@ class Engine:
         self.refused = 0
 
     async def __aenter__(self) -> "Engine":
-        self.thresholds = gc.get_threshold()
-        gc.set_threshold(*GC_THRESHOLDS)
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
@@ -90,6 +88,8 @@ class Engine:
             proxy=self.endpoint.proxy(),
             timeout_s=self.limits.timeout_s,
         )
+        self.thresholds = gc.get_threshold()
+        gc.set_threshold(*GC_THRESHOLDS)
         return self
 
     async def __aexit__(

@@ -1,4 +1,4 @@
-"""When the next request may go: requests and tokens per minute, pauses, requests in flight.
+"""When the next request may go: limits, requests and tokens per minute, pauses, requests in flight.
 
 Rates are kept by virtual time: each request moves the moment from which the next may go by its
 share of a minute, so that any window of a minute holds the limit and hardly more. Concurrency
@@ -28,7 +28,7 @@ class Limits:
     tpm: float | None = None
     """Tokens a minute, likewise."""
     timeout_s: float = 600.0
-    """How long one answer may take."""
+    """How long a connection may take, and then each answer."""
     max_failures: int = 10
     """Failures in a row, requests in flight together counted once, that end the run."""
 
