@@ -72,7 +72,7 @@ class Engine:
         self.gate = Gate(limits.concurrency, limits.rpm, limits.tpm)
         self.failures = 0
         self.answered = False
-        self.asking: dict[str, asyncio.Event] = {}
+        self.asking: dict[str, asyncio.Event | None] = {}
         self.halted: Exception | None = None
         self.overbilled: Exception | None = None
         self.refused = 0
@@ -116,21 +116,22 @@ class Engine:
             OSError: the journal cannot be written.
             Closing: the engine was halted because nothing more is wanted.
         """
-        answers = self.journal.totals.answers
-        while (answer := answers.get(request.key)) is None:
-            if other := self.asking.get(request.key):
-                await other.wait()
+        answers, key = self.journal.totals.answers, request.key
+        while (answer := answers.get(key)) is None:
+            if key in self.asking:
+                self.asking[key] = asked = self.asking[key] or asyncio.Event()
+                await asked.wait()
                 self._check()
                 continue
-            self.asking[request.key] = asked = asyncio.Event()
+            self.asking[key] = None  # an event only for those who wait
             try:
-                return self._cached(request.key) or await self._buy(request, model)
+                return self._cached(key) or await self._buy(request, model)
             except OSError as error:
                 self.halt(error)
                 raise
             finally:
-                del self.asking[request.key]
-                asked.set()
+                if waited_for := self.asking.pop(key):
+                    waited_for.set()
         return answer
 
     def _cached(self, key: str) -> Answer | None:

@@ -3,9 +3,9 @@
 A session prepares each request anew for cookies, redirects, tracing and bodies of any kind, hands
 the body to a task of its own and sets a timer; that is over half of what a request costs. Requests
 to a chat endpoint differ in their bodies alone, so here the head is written once, head and body go
-out in one write, and one timer watches all answers: they may all take equally long, so the oldest
-is due first. Connections are those of aiohttp's connector (proxies, TLS, names, what is kept open),
-and responses are read by its parser (chunks, compression, what is too long).
+out in one write, a connection keeps its parser, and one timer watches all answers: they may all
+take equally long, so the oldest is due first. Connections are made by aiohttp's connector (proxies,
+TLS, names), and responses are read by its parser (chunks, compression, what is too long).
 """
 
 import asyncio
@@ -15,6 +15,8 @@ from typing import NamedTuple
 import aiohttp
 from aiohttp.http import HttpProcessingError
 from yarl import URL
+
+KEPT_S = 15.0  # how long a connection may wait for its next post; servers close theirs sometime
 
 
 class Response(NamedTuple):
@@ -57,11 +59,15 @@ class Wire:
         self.due_s: dict[asyncio.Transport, float] = {}
         """When the answer on a connection is late, the oldest first."""
         self.watch: asyncio.TimerHandle | None = None
+        self.kept: list[tuple[aiohttp.connector.Connection, float]] = []
+        """Connections that wait for a post, and since when."""
 
     async def close(self) -> None:
         """Close all connections."""
         if self.watch:
             self.watch.cancel()
+        for connection, _ in self.kept:
+            connection.close()
         await self.connector.close()
 
     async def post(self, body: bytes) -> Response:
@@ -71,31 +77,45 @@ class Wire:
             Unsent: no connection could be made.
             Cut: the connection broke, the answer is late, or what came is no HTTP.
         """
-        connection = await self._connection()
+        connection = self._kept() or await self._made()
         protocol, transport = connection.protocol, connection.transport
         if protocol is None or transport is None or transport.is_closing():
             connection.close()
             raise Cut("the connection was closed as soon as it was made")
         self._watch(transport)
+        keep = False
         try:
-            protocol.set_response_params(read_until_eof=True)
             transport.write(b"%b%d\r\n\r\n%b" % (self.head, len(body), body))
             message, content = await protocol.read()
             while message.code < 200 and message.code != 101:  # a hint of what comes
                 message, content = await protocol.read()
             raw = await content.read()
+            keep = not protocol.should_close
+            return Response(message.code, message.headers, raw)
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             late = self.due_s[transport] <= self.loop.time()
             said = f"no answer within {self.timeout_s:g} s" if late else str(error)
             raise Cut(said or type(error).__name__) from error
-        else:
-            connection.release()
-            return Response(message.code, message.headers, raw)
         finally:
             del self.due_s[transport]
-            connection.close()  # unless it was released
+            if keep:
+                self.kept.append((connection, self.loop.time()))
+            else:
+                connection.close()
 
-    async def _connection(self) -> aiohttp.connector.Connection:
+    def _kept(self) -> aiohttp.connector.Connection | None:
+        """Return a connection that answered before and is still open, the last one used first."""
+        while self.kept:
+            connection, since_s = self.kept.pop()
+            protocol = connection.protocol
+            # what came meanwhile, asked for by nobody, would be taken for the next answer
+            clean = protocol is not None and protocol.is_connected() and not protocol.should_close
+            if clean and self.loop.time() - since_s < KEPT_S:
+                return connection
+            connection.close()
+        return None
+
+    async def _made(self) -> aiohttp.connector.Connection:
         try:
             made = await self.connector.connect(self.model, [], self.connect_timeout)
         except TimeoutError as error:
@@ -103,6 +123,8 @@ class Wire:
         except (aiohttp.ClientError, OSError) as error:
             raise Unsent(_why(error)) from error
         self.head = self.head or self._head()
+        if made.protocol is not None:
+            made.protocol.set_response_params(read_until_eof=True)
         return made
 
     def _watch(self, transport: asyncio.Transport) -> None:

@@ -15,6 +15,7 @@ from bioinstruct.synth.wire import Cut, Response, Unsent, Wire
 BODY = b'{"a": 1}'
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n" + BODY
 CHUNKS = b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\n{"a\r\n5\r\n": 1}\r\n0\r\n\r\n'
+PAUSE = b"<pause>"
 PACKED = gzip.compress(BODY)
 HALF = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 8\r\n\r\n" + BODY[:5]
 GZIP = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(PACKED)
@@ -48,8 +49,10 @@ def asked(
             heard.requests.append(head + await reader.readexactly(length))
             heard.connections[number] += 1
             answer = answers[len(heard.requests) - 1]
-            writer.write(answer)
-            await writer.drain()
+            for part in answer.split(PAUSE):
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(0.05 if PAUSE in answer else 0)
             if not answer or b"connection: close" in answer:
                 break
         writer.close()
@@ -156,6 +159,21 @@ def test_connections_are_kept_and_bad_ones_are_not() -> None:
         assert not wire.due_s
 
     assert asked([WHOLE, WHOLE, WHOLE, HALF, WHOLE], ask).connections == [4, 1]
+
+
+def test_what_nobody_asked_for_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(wire: Wire) -> None:
+        assert (await wire.post(b"x")).status == 200
+        await asyncio.sleep(0.3)  # by then the rest is there
+        assert (await wire.post(b"x")).status == 500
+        monkeypatch.setattr("bioinstruct.synth.wire.KEPT_S", 0.0)
+        assert (await wire.post(b"x")).status == 500
+
+    other = WHOLE.replace(b"200 OK", b"500 No")
+    late = b"".join((WHOLE, PAUSE, WHOLE))
+    for first in (WHOLE * 2, late):
+        assert asked([first, other, other], ask).connections == [1, 1, 1]
+        monkeypatch.undo()
 
 
 def test_many_at_once_take_a_connection_each() -> None:
