@@ -27,6 +27,7 @@ from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
 from bioinstruct.model.checkpoint_cli import command
 from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.formats.config_json import config_from_hf
 from bioinstruct.model.llama import Llama
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def shape(layers: int, width: int, vocab_size: int) -> LlamaConfig:
         "num_attention_heads": width // 64,
         "num_key_value_heads": max(1, width // 512),
     }
-    return LlamaConfig.from_hf(given, "the bench's model")
+    return config_from_hf(given, "the bench's model")
 
 
 def random_weights(config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:

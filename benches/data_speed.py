@@ -16,12 +16,12 @@ import torch
 
 from bioinstruct.benches.harness import describe, report
 from bioinstruct.model.templates import get_template, guess_template
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 from bioinstruct.synth import console
 from bioinstruct.synth.records import read_records, write_records
-from bioinstruct.train.planner import Planner
-from bioinstruct.train.token_cache import load_tokens
-from bioinstruct.train.tokens import Limits, TokenSet
+from bioinstruct.train.data.token_cache import load_tokens
+from bioinstruct.train.data.tokens import Limits, TokenSet
+from bioinstruct.train.plan.planner import Planner
 
 
 def make_records(paths: tuple[Path, ...], count: int, out: Path) -> None:
@@ -51,7 +51,7 @@ def tokenize(tokenizer: Path, records: Path) -> tuple[TokenSet, dict[str, float]
     times = {}
     for name in ("tokenize", "cached"):
         start_s, cpu_s = time.perf_counter(), time.process_time()
-        tokens = load_tokens([records], template, words, limits)
+        tokens = load_tokens(records, template, words, limits)
         times[f"{name}_s"] = time.perf_counter() - start_s
         times[f"{name}_cpu_s"] = time.process_time() - cpu_s
     return tokens, times

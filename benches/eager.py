@@ -19,7 +19,7 @@ from torch.nn import functional
 from bioinstruct.kernels import attention, linear_cross_entropy, rmsnorm, rope
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.batch import Batch
+from bioinstruct.train.data.batch import Batch
 
 
 class EagerLora(nn.Module):

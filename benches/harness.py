@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from bioinstruct.synth.console import Progress
-from bioinstruct.train.metrics import peak_memory_bytes
-from bioinstruct.train.provenance import commit, cpu_info, package_version
+from bioinstruct.train.report.metrics import peak_memory_bytes
+from bioinstruct.train.report.provenance import commit, cpu_info, package_version
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 """What decides how fast a CPU multiplies, as Linux names it."""

@@ -38,10 +38,11 @@ from bioinstruct.benches.harness import (
 from bioinstruct.benches.workload import LORA, Job, Step, job_options, make_step, random_documents
 from bioinstruct.model.adapters import Module
 from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.formats.config_json import config_to_hf
 from bioinstruct.model.llm import DTYPES, choose_device
 from bioinstruct.synth import console
+from bioinstruct.train.data.tokens import TokenSet
 from bioinstruct.train.step import add_gradient
-from bioinstruct.train.tokens import TokenSet
 
 PEERS = ("transformers", "peft")
 CHECK = Job(device="cpu", model="tiny", documents=3, document_tokens=50, pack_tokens=100, steps=1)
@@ -67,7 +68,7 @@ class Peer:
         checkpointing: bool = False,
     ) -> None:
         transformers, peft = (importlib.import_module(name) for name in PEERS)
-        settings = transformers.LlamaConfig.from_dict(config.to_hf() | {"use_cache": False})
+        settings = transformers.LlamaConfig.from_dict(config_to_hf(config) | {"use_cache": False})
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)  # or it is made in float32 first, which costs memory
         base = transformers.LlamaForCausalLM(settings)

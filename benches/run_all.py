@@ -33,7 +33,7 @@ from bioinstruct.benches.kernel_bench import predict
 from bioinstruct.kernels.dispatch import VARIABLE
 from bioinstruct.model.llm import choose_device
 from bioinstruct.synth import console
-from bioinstruct.train.provenance import commit
+from bioinstruct.train.report.provenance import commit
 
 LEAST_S = 5.0
 """A job is not begun with less of the budget than this."""

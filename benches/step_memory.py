@@ -1,10 +1,10 @@
 """Predicted and real peak memory of a training step, beside each other; prints one JSON line.
 
-The prediction is train/memory.py's, made from the shape alone. The step then runs for real with
-random weights. On a GPU its peak is the allocator's. On a CPU it is the process's resident peak
-beyond what it had before the model, in a process of its own; there glibc keeps freed blocks below
-a threshold that it raises as it goes, so besides its default the threshold can be fixed, which
-shows what the step itself holds.
+The prediction is train/plan/memory.py's, made from the shape alone. The step then runs for real
+with random weights. On a GPU its peak is the allocator's. On a CPU it is the process's resident
+peak beyond what it had before the model, in a process of its own; there glibc keeps freed blocks
+below a threshold that it raises as it goes, so besides its default the threshold can be fixed,
+which shows what the step itself holds.
 """
 
 import gc
@@ -25,10 +25,10 @@ from bioinstruct.model.llama import Llama
 from bioinstruct.model.llm import choose_device, choose_dtype
 from bioinstruct.synth import console
 from bioinstruct.train import shapes
-from bioinstruct.train.full import WholeWeights
-from bioinstruct.train.memory import Pack, Setup, estimate
+from bioinstruct.train.data.tokens import TokenSet
+from bioinstruct.train.plan.memory import Pack, Setup, estimate
 from bioinstruct.train.step import Optimizer, train_step
-from bioinstruct.train.tokens import TokenSet
+from bioinstruct.train.weights.full import WholeWeights
 
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 """glibc's variable: blocks of so many bytes and more go back to the system when freed."""

@@ -126,7 +126,7 @@ def main() -> None:
     """Measure all clients in turns and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=3000)
-    parser.add_argument("--openai-requests", type=int, default=512)
+    parser.add_argument("--openai-requests", type=int, help="Default: as many.")
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--client", choices=CLIENTS)
@@ -141,7 +141,11 @@ def main() -> None:
     with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
-        counts = {"bare": given.requests, "ours": given.requests, "openai": given.openai_requests}
+        counts = {
+            "bare": given.requests,
+            "ours": given.requests,
+            "openai": given.openai_requests or given.requests,
+        }
         times: dict[str, list[float]] = {name: [] for name in CLIENTS}
         for _ in range(given.rounds):
             for name, count in counts.items():

@@ -34,11 +34,11 @@ from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llm import choose_device, choose_dtype
 from bioinstruct.synth import console
 from bioinstruct.train import demo
-from bioinstruct.train.batch import collate
-from bioinstruct.train.metrics import mfu, peak_memory_bytes, step_flops
-from bioinstruct.train.planner import Planner
+from bioinstruct.train.data.batch import collate
+from bioinstruct.train.data.tokens import TokenSet
+from bioinstruct.train.plan.planner import Planner
+from bioinstruct.train.report.metrics import mfu, peak_memory_bytes, step_flops
 from bioinstruct.train.step import Optimizer, train_step
-from bioinstruct.train.tokens import TokenSet
 
 RECORDS = Path(demo.__file__).with_name("records.jsonl.gz")
 PIECE = 4

@@ -6,11 +6,13 @@
 Four variants of one optimizer step take turns in one process (see harness.py):
     lora    ours: forward, backward, clipping, AdamW
     frozen  the floor: the frozen model's forward and input gradient alone, same loss, no adapters
-    eager   the same step by the usual LoRA formula (see eager.py)
+    eager   the same step by the usual LoRA formula (see eager.py), a pack after the other
     gemms   the frozen model's matrix products alone, one after the other: forward and input
             gradient of every linear, and of the head on the supervised rows
     attention  on a CPU, the products inside attention alone: scores and output, and the gradients
             of probabilities, values, queries and keys, of each block that holds a causal pair
+On a CPU the trainer takes several packs at once (train/side_by_side.py); then lora, frozen, gemms
+and attention all do, so that the ratios compare like with like.
 Peak memory is measured on the lora variant in a process of its own. Before anything is timed, the
 gradients of lora and eager are compared with a float64 run of the same model cut to two layers;
 where ours are off by more than rounding explains, no time is printed.
@@ -22,6 +24,7 @@ Shapes   T packed tokens, S supervised rows, D model width, V vocabulary, K inpu
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +59,9 @@ from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Block, Llama
 from bioinstruct.model.llm import choose_device, choose_dtype
 from bioinstruct.synth import console
-from bioinstruct.train.batch import Batch
+from bioinstruct.train.data.batch import Batch
+from bioinstruct.train.plan.policy import MOST_AT_ONCE
+from bioinstruct.train.side_by_side import SideBySide
 from bioinstruct.train.step import Optimizer, add_gradient, train_step
 
 LR = 1e-4
@@ -141,32 +146,31 @@ def _largest_error(found: list[Tensor | None], exact: list[Tensor | None]) -> fl
 class LoraStep:
     """Ours, as the trainer takes it."""
 
-    def __init__(self, step: Step) -> None:
-        self.step, self.optimizer = step, Optimizer(step.adapters)
+    def __init__(self, step: Step, beside: SideBySide) -> None:
+        self.step, self.beside, self.optimizer = step, beside, Optimizer(step.adapters)
         self.grad_norm = 0.0
 
     def __call__(self) -> None:
         """Take one step."""
         step = self.step
-        result = train_step(step.model, self.optimizer, step.batches, step.supervised_tokens, LR)
+        given = step.model, self.optimizer, step.batches, step.supervised_tokens, LR
+        result = train_step(*given, beside=self.beside if self.beside.number > 1 else None)
         self.grad_norm = result.grad_norm
 
 
-def frozen_pass(step: Step) -> float:
+def frozen_pass(step: Step, batch: Batch) -> Tensor:
     """Forward and the gradient of every layer's input, with no adapter; returns the loss."""
-    model, total = step.model, 0.0
-    for batch in step.batches:
-        attend = model.packed_attention(batch.pack.documents)
-        rotation = model.rotation(batch.pack.positions_T)
-        x_TD = model.embedding_VD[batch.pack.ids_T].requires_grad_()
-        for block in model.blocks:
-            x_TD = block(x_TD, rotation, attend)
-        h_TD = rmsnorm(x_TD, model.norm_D, model.config.norm_eps)
-        labelled = batch.rows_S, batch.labels_S
-        loss = linear_cross_entropy(h_TD, model.head_VD, *labelled, step.scale)
-        loss.backward()
-        total += float(loss.detach())
-    return total
+    model = step.model
+    attend = model.packed_attention(batch.pack.documents)
+    rotation = model.rotation(batch.pack.positions_T)
+    x_TD = model.embedding_VD[batch.pack.ids_T].requires_grad_()
+    for block in model.blocks:
+        x_TD = block(x_TD, rotation, attend)
+    h_TD = rmsnorm(x_TD, model.norm_D, model.config.norm_eps)
+    labelled = batch.rows_S, batch.labels_S
+    loss = linear_cross_entropy(h_TD, model.head_VD, *labelled, step.scale)
+    loss.backward()
+    return loss.detach()
 
 
 class Gemm(NamedTuple):
@@ -177,8 +181,8 @@ class Gemm(NamedTuple):
     out: Tensor
 
 
-def gemm_list(step: Step) -> list[Gemm]:
-    """Every frozen matrix product of a step, in its order; equal shapes share their buffers."""
+def gemm_list(step: Step, batch: Batch) -> list[Gemm]:
+    """Every frozen matrix product of a pack, in its order; equal shapes share their buffers."""
     model = step.model
     buffers: dict[tuple[int, int], Tensor] = {}
 
@@ -197,13 +201,10 @@ def gemm_list(step: Step) -> list[Gemm]:
     for block in model.blocks:
         assert isinstance(block, Block)
         weights += [block.qkv_ND, block.o_DM, block.gate_up_2FD, block.down_DF]
-    gemms: list[Gemm] = []
-    for batch in step.batches:
-        T, S = len(batch.pack.ids_T), len(batch.rows_S)
-        gemms += [product(T, w_NK.T) for w_NK in weights]
-        gemms += [product(S, model.head_VD.T), product(S, model.head_VD)]
-        gemms += [product(T, w_NK) for w_NK in reversed(weights)]
-    return gemms
+    T, S = len(batch.pack.ids_T), len(batch.rows_S)
+    gemms = [product(T, w_NK.T) for w_NK in weights]
+    gemms += [product(S, model.head_VD.T), product(S, model.head_VD)]
+    return gemms + [product(T, w_NK) for w_NK in reversed(weights)]
 
 
 @torch.inference_mode()
@@ -221,8 +222,8 @@ class Attended(NamedTuple):
     out: Tensor
 
 
-def attention_products(step: Step) -> list[Attended]:
-    """Every product inside attention, block by block; equal shapes share their buffers."""
+def attention_products(step: Step, batch: Batch) -> list[Attended]:
+    """Every product inside a pack's attention, block by block; equal shapes share their buffers."""
     config, model = step.model.config, step.model
     G, E = config.num_kv_heads, config.head_dim
     J = config.num_heads // G
@@ -235,19 +236,18 @@ def attention_products(step: Step) -> list[Attended]:
         return buffers[rows, columns]
 
     products = []
-    for batch in step.batches:
-        for a, i, j, _ in blocks_of(batch.pack.documents.bounds, model.dtype):
-            rows, U = (j - i) * J, j - a
-            q, k, s = buffer(rows, E), buffer(U, E), buffer(rows, U)
-            outs = torch.empty_like(s), torch.empty_like(q), torch.empty_like(k)
-            products += [
-                Attended(q, k.mT, outs[0]),
-                Attended(s, k, outs[1]),
-                Attended(s.mT, q, outs[2]),
-                Attended(q, k.mT, outs[0]),
-                Attended(s, k, outs[1]),
-                Attended(s.mT, q, outs[2]),
-            ]
+    for a, i, j, _ in blocks_of(batch.pack.documents.bounds, model.dtype):
+        rows, U = (j - i) * J, j - a
+        q, k, s = buffer(rows, E), buffer(U, E), buffer(rows, U)
+        outs = torch.empty_like(s), torch.empty_like(q), torch.empty_like(k)
+        products += [
+            Attended(q, k.mT, outs[0]),
+            Attended(s, k, outs[1]),
+            Attended(s.mT, q, outs[2]),
+            Attended(q, k.mT, outs[0]),
+            Attended(s, k, outs[1]),
+            Attended(s.mT, q, outs[2]),
+        ]
     return products * config.num_layers
 
 
@@ -266,10 +266,26 @@ def gemm_flops(gemms: list[Gemm]) -> int:
 # ---- command -----------------------------------------------------------------------------------
 
 
+def side_by_side(step: Step, packs_at_once: int | None) -> SideBySide:
+    """Take so many packs at once; where that is left open, as many as the trainer would."""
+    if packs_at_once is None:
+        several = min(MOST_AT_ONCE, torch.get_num_threads(), len(step.batches))
+        packs_at_once = several if step.model.device.type == "cpu" else 1
+    return SideBySide(step.model.config, step.adapters, packs_at_once)
+
+
+def over_packs(
+    step: Step, beside: SideBySide, work: Callable[[Step, Batch], Callable[[], object]]
+) -> Callable[[], object]:
+    """Make a variant of what each pack's work is; it is prepared now and done at each call."""
+    prepared = {id(batch): work(step, batch) for batch in step.batches}
+    return lambda: beside(step.batches, lambda _, batch: prepared[id(batch)]())
+
+
 def measure_alone(job: Job, dtype: str) -> dict[str, Any]:
     """Time the LoRA step, alone in this process, and read the process's peak memory."""
     step = make_step(job, dtype)
-    lora = LoraStep(step)
+    lora = LoraStep(step, side_by_side(step, job.packs_at_once))
     seconds = alternate({"lora": lora}, job.steps, step.model.device)["lora"]
     return alone_row(job.tokens, seconds, lora.grad_norm, step.model.device)
 
@@ -289,16 +305,18 @@ def measure(job: Job, dtype: str) -> dict[str, Any]:
     errors = check_gradients(job.config, device, kind)
     console.note(f"gradients against float64: ours {errors.lora:.1e}, usual {errors.eager:.1e}")
     step = make_step(job, dtype)
-    lora, gemms = LoraStep(step), gemm_list(step)
+    beside = side_by_side(step, job.packs_at_once)
+    lora = LoraStep(step, beside)
     variants: dict[str, Callable[[], object]] = {
         "lora": lora,
-        "frozen": lambda: frozen_pass(step),
+        "frozen": over_packs(step, beside, lambda *given: partial(frozen_pass, *given)),
         "eager": EagerStep(EagerLora(step.model, step.adapters), step.batches, step.scale, LR),
-        "gemms": lambda: run_gemms(gemms),
+        "gemms": over_packs(step, beside, lambda *given: partial(run_gemms, gemm_list(*given))),
     }
     if device.type == "cpu":
-        products = attention_products(step)
-        variants["attention"] = lambda: run_products(products)
+        variants["attention"] = over_packs(
+            step, beside, lambda *given: partial(run_products, attention_products(*given))
+        )
     seconds = alternate(variants, job.steps, device)
     if not lora.grad_norm > 0:
         raise ValueError(f"the gradient's norm is {lora.grad_norm}; nothing trains, no time counts")
@@ -316,11 +334,16 @@ def measure(job: Job, dtype: str) -> dict[str, Any]:
         "grad_norm": lora.grad_norm,
         "gradient_error": errors._asdict(),
         "seconds": spread,
-        "gemm_gflops_per_s": gemm_flops(gemms) / spread["gemms"]["median"] / 1e9,
+        "gemm_gflops_per_s": _flops(step) / spread["gemms"]["median"] / 1e9,
         "attention": step.model.attention_backend,
         **dataclasses.asdict(job),
+        "packs_at_once": beside.number,
         **describe(device),
     }
+
+
+def _flops(step: Step) -> int:
+    return sum(gemm_flops(gemm_list(step, batch)) for batch in step.batches)
 
 
 def _ratio_to_all_products(seconds: dict[str, list[float]]) -> dict[str, float]:

@@ -19,8 +19,8 @@ from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Llama
 from bioinstruct.model.llm import choose_device, choose_dtype
-from bioinstruct.train.batch import Batch, collate
-from bioinstruct.train.tokens import TokenSet
+from bioinstruct.train.data.batch import Batch, collate
+from bioinstruct.train.data.tokens import TokenSet
 
 LORA = LoraSettings(r=16, alpha=32.0)
 """All seven projections, no dropout."""
@@ -102,6 +102,8 @@ class Job:
     """Largest pack (micro-batch), in input tokens; None for one document."""
     steps: int
     """Timed steps."""
+    packs_at_once: int | None = None
+    """Packs that our step takes side by side; None for as many as the trainer would."""
 
     def __post_init__(self) -> None:
         if self.pack_tokens is not None and self.pack_tokens < self.document_tokens:
@@ -148,6 +150,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--pack-tokens", type=at_least_one, help="Default: one document a pack."),
         click.option("--steps", type=at_least_one, default=6, show_default=True),
+        click.option("--packs-at-once", type=at_least_one, help="Default: as the trainer."),
     ]
     for option in reversed(options):
         command = option(command)

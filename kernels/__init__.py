@@ -4,7 +4,8 @@ from bioinstruct.kernels.attention import attention
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy
 from bioinstruct.kernels.documents import Documents
 from bioinstruct.kernels.dropout import Dropout
-from bioinstruct.kernels.lora import Branch, Copies, lora_linear
+from bioinstruct.kernels.lora import Branch, lora_linear
+from bioinstruct.kernels.lora_copied import Copies, copied_lora_linear
 from bioinstruct.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from bioinstruct.kernels.rope import Heads, Rotation, rope, split_rope
 from bioinstruct.kernels.swiglu import swiglu
@@ -18,6 +19,7 @@ __all__ = [
     "Rotation",
     "add_rmsnorm",
     "attention",
+    "copied_lora_linear",
     "linear_cross_entropy",
     "lora_linear",
     "rmsnorm",

@@ -94,6 +94,11 @@ def recorded() -> Iterator[list[Launch]]:
         _State.recording = None
 
 
+def interprets() -> bool:
+    """Whether ops on a CPU run their kernels, by Triton's interpreter: in one thread alone."""
+    return _State.choice == "triton"
+
+
 def uses_triton(*tensors: Tensor) -> bool:
     """Whether an op on these tensors runs its kernels.
 

@@ -13,7 +13,8 @@ Shapes   T = packed tokens, K = input features, N = output features of the group
 Numerics W, x, y in the compute dtype; A and B are float32 masters, cast when they are used; library
          GEMMs accumulate in float32. dA and dB are added into the masters' gradients where those
          exist, which saves a pass over them, and returned in the masters' dtype elsewhere.
-         On a GPU the products of a rank's width are the passes of skinny.py.
+         On a GPU the products of a rank's width are the passes of skinny.py; lora_copied.py is the
+         same with less work around them.
 Saved    x_TK, t_TR; W, A and B are only referred to.
 Bound    FLOPs: 2*T*N*K each way for W, about R/N + R/K of that for the branches each way, half as
          much again in the backward pass for dA and dB.
@@ -70,17 +71,6 @@ def lora_linear_reference(
     return y_TN
 
 
-class Copies(NamedTuple):
-    """The masters of a group in the compute dtype, made once for many calls."""
-
-    a_RK: Tensor
-    """Every A, one below the other."""
-    b_NR: tuple[Tensor, ...]
-    """B of each branch, its factor included."""
-    a_grad_RK: Tensor
-    """Where the gradients of every A are added, one below the other."""
-
-
 # ---- the passes of a rank's width --------------------------------------------------------------
 
 
@@ -97,7 +87,6 @@ class Group(NamedTuple):
     """Mask of each branch; all the same unless masks are drawn per module."""
     fused: bool
     """Whether the kernels run."""
-    copies: Copies | None = None
 
 
 def group_of(
@@ -107,12 +96,11 @@ def group_of(
     site: int,
     *,
     fused: bool,
-    copies: Copies | None = None,
 ) -> Group:
     """Collect what a call needs beside its tensors."""
     sites = [site if dropout is None else dropout.site_of(site, b.number) for b in branches]
     starts, factors = [b.start for b in branches], [b.factor for b in branches]
-    return Group(scale, dropout, tuple(starts), tuple(factors), tuple(sites), fused, copies)
+    return Group(scale, dropout, tuple(starts), tuple(factors), tuple(sites), fused)
 
 
 class Part(NamedTuple):
@@ -162,18 +150,14 @@ def spans_of(group: Group, parts: Sequence[Part], R: int) -> list[Span]:
     ]
 
 
-def _stacked_a(group: Group, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+def _stacked_a(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
     """Every A of a group, one below the other."""
-    if group.copies is not None:
-        return group.copies.a_RK
     return (parts[0].a_RK if len(parts) == 1 else torch.cat([p.a_RK for p in parts])).to(dtype)
 
 
-def _narrow_b(group: Group, parts: Sequence[Part], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Every B in the compute dtype, its factor included."""
-    if group.copies is not None:
-        return group.copies.b_NR
-    return [(p.b_NR if p.factor == 1 else p.b_NR * p.factor).to(dtype) for p in parts]
+def _narrow_b(part: Part, dtype: torch.dtype) -> Tensor:
+    """B in the compute dtype, its factor included."""
+    return (part.b_NR if part.factor == 1 else part.b_NR * part.factor).to(dtype)
 
 
 def _by_kernel(group: Group, ranks: slice) -> bool:
@@ -207,15 +191,13 @@ def up_backward(
 ) -> list[Tensor | None]:
     """Write ds = s dy B, and return dB of every branch, None where it was added already."""
     found: list[Tensor | None] = []
-    narrow = [] if group.fused else _narrow_b(group, parts, dy_TN.dtype)
-    for i, part in enumerate(parts):
+    for part in parts:
         dy, t, ds = dy_TN[:, part.columns], t_TR[:, part.ranks], ds_TR[:, part.ranks]
         if _by_kernel(group, part.ranks):
             sums = skinny.shrink_dy(dy, part.b_NR, t, ds, group.scale * part.factor)
             found.append(skinny.add_gradient(part.b_NR, sums, part.factor))
         else:
-            b_NR = narrow[i] if narrow else _narrow_b(group, [part], dy.dtype)[0]
-            torch.mm(dy, b_NR, out=ds).mul_(group.scale)
+            torch.mm(dy, _narrow_b(part, dy.dtype), out=ds).mul_(group.scale)
             found.append(_added(part.b_NR, dy.T, t, part.factor))
     return found
 
@@ -239,10 +221,6 @@ def down_backward(
     source: skinny.Source, ds_TR: Tensor, group: Group, parts: Sequence[Part]
 ) -> list[Tensor | None]:
     """dA = ds^T (m*x) of every branch, None where it was added already."""
-    if not group.fused and group.copies is not None and len(set(group.sites)) == 1:
-        # one product for all of them, into gradients that lie one below the other
-        _add_product(group.copies.a_grad_RK, ds_TR.T, _masked(source.made(), group, group.sites[0]))
-        return [None] * len(parts)
     if not group.fused:
         inner = {site: _masked(source.made(), group, site) for site in set(group.sites)}
         return [
@@ -291,11 +269,12 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
         x_TK, parts = with_dense_rows(x_TK), parts_of(group, masters)
-        a_RK = _stacked_a(group, parts, x_TK.dtype)
+        a_RK = _stacked_a(parts, x_TK.dtype)
         y_TN = torch.mm(x_TK, w_NK.T)
         t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
         write_t(t_TR, x_TK, a_RK, group, parts)
-        for part, b_NR in zip(parts, _narrow_b(group, parts, x_TK.dtype), strict=True):
+        for part in parts:
+            b_NR = _narrow_b(part, x_TK.dtype)
             y_TN[:, part.columns].addmm_(t_TR[:, part.ranks], b_NR.T)
         ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
         ctx.group = group
@@ -311,7 +290,7 @@ class _LoraLinear(torch.autograd.Function):
         da = down_backward(skinny.Source(x_TK), ds_TR, group, parts)
         dx_TK = None
         if ctx.needs_input_grad[0]:
-            a_RK = _stacked_a(group, parts, dy_TN.dtype)
+            a_RK = _stacked_a(parts, dy_TN.dtype)
             dx_TK = input_gradient(dy_TN, w_NK, ds_TR, a_RK, group, parts)
         return dx_TK, None, None, *(g for pair in zip(da, db, strict=True) for g in pair)
 
@@ -323,7 +302,6 @@ def lora_linear(
     scale: float = 1.0,
     dropout: Dropout | None = None,
     site: int = 0,
-    copies: Copies | None = None,
 ) -> Tensor:
     """Frozen linear of one projection, or of a group that shares its input, plus LoRA branches.
 
@@ -334,7 +312,6 @@ def lora_linear(
         scale: alpha / r, times a branch's own factor.
         dropout: masks of the branches' input, or None.
         site: number of this group in the model, which the masks depend on.
-        copies: of the branches' masters in x's dtype, where they exist; not for the kernels.
 
     Returns:
         (T, N), in x's dtype.
@@ -352,8 +329,7 @@ def lora_linear(
     _check(branches, *w_NK.shape)
     masters = [m for branch in branches for m in (branch.a_RK, branch.b_NR)]
     fused = uses_triton(x_TK, w_NK, *masters)
-    copies = None if fused else copies
-    group = group_of(branches, scale, dropout, site, fused=fused, copies=copies)
+    group = group_of(branches, scale, dropout, site, fused=fused)
     y_TN: Tensor = _LoraLinear.apply(x_TK, w_NK, group, *masters)
     return y_TN
 

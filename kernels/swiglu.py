@@ -112,7 +112,8 @@ class _SwiGLU(torch.autograd.Function):
         dgate_up_T2F = torch.empty_like(gate_up_T2F)
         dgate_TF, dup_TF = dgate_up_T2F.chunk(2, dim=-1)
         torch.mul(functional.silu(gate_TF), dh_TF, out=dup_TF)
-        dgate_TF.copy_(torch.ops.aten.silu_backward(dh_TF * up_TF, gate_TF))
+        torch.mul(dh_TF, up_TF, out=dgate_TF)
+        torch.ops.aten.silu_backward.grad_input(dgate_TF, gate_TF, grad_input=dgate_TF)
         return dgate_up_T2F
 
 

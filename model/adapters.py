@@ -4,18 +4,20 @@ All masters lie in one flat float32 buffer with a flat gradient beside it, so th
 the norm and the finiteness check see two vectors, whatever the number of layers. All A come
 first, then all B, because LoRA+ gives them different learning rates. A is initialised as PEFT does
 it, uniform within +-1/sqrt(K) (kaiming with a = sqrt(5)), from a generator of its own, and B starts
-at zero; or both are taken out of the weights (pissa.py).
+at zero; or both are taken out of the weights (lora/pissa.py).
 
 On disk: `adapter_model.safetensors` (float32, B unscaled) and `adapter_config.json` with PEFT's
-names and meaning (lora_settings.py, peft_config.py).
+names and meaning (lora/settings.py, lora/peft_config.py).
 
 Shapes   K input and N output features of a projection, R rank, P = all adapter parameters.
 """
 
+import copy
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -24,10 +26,11 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels import Branch, Copies
+from bioinstruct.kernels.lora_copied import CopiedB
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.lora_settings import TARGETS, LoraSettings, module_path
-from bioinstruct.model.peft_config import CONFIG, read_settings, to_peft
-from bioinstruct.model.pissa import Factors, difference, principal, subtract
+from bioinstruct.model.lora.peft_config import CONFIG, read_settings, to_peft
+from bioinstruct.model.lora.pissa import Factors, difference, principal, subtract
+from bioinstruct.model.lora.settings import TARGETS, LoraSettings, module_path
 from bioinstruct.synth.files import replaces, write_text
 
 __all__ = ["CONFIG", "GROUPS", "TARGETS", "WEIGHTS", "Adapters", "LoraSettings", "Module"]
@@ -60,6 +63,21 @@ class Module:
     def name(self) -> str:
         """The tensor that it adapts, by its Hugging Face name."""
         return f"{module_path(self.layer, self.target)}.weight"
+
+
+class _Narrow:
+    """The masters in a compute dtype, each B times its scale; made new when they have changed."""
+
+    def __init__(self, a_P: Tensor, b_P: Tensor) -> None:
+        self.a_P, self.b_P, self.version = a_P, b_P, -1
+
+    def part(self, module: Module, num_a: int) -> Tensor:
+        """B of one module."""
+        first = int(module.b_NR.storage_offset()) - num_a
+        return self.b_P[first : first + module.b_NR.numel()].view(module.b_NR.shape)
+
+
+_narrowing = threading.Lock()  # adapters and their twins may ask at once
 
 
 class Adapters:
@@ -98,14 +116,14 @@ class Adapters:
         self.taken: list[Factors] = []
         """With PiSSA, what each module's A and B began as, which the model's weights now lack."""
         self._groups: dict[tuple[int, str], list[Module]] = {}
-        self._narrow: tuple[int, Tensor] | None = None
+        self._narrow: dict[torch.dtype, _Narrow] = {}
+        self._copies: dict[torch.dtype, dict[tuple[int, str], Copies]] = {}
         start_a, start_b = 0, self.num_a
         for place, R, (N, K, start) in zip(chosen, ranks, sizes, strict=True):
             a_RK, b_NR = self._view(start_a, R, K), self._view(start_b, N, R)
             start_a, start_b = start_a + R * K, start_b + N * R
-            module = Module(*place, a_RK, b_NR, start, settings.scale_of(module_path(*place)))
-            self.modules.append(module)
-            self._groups.setdefault((module.layer, TARGETS[module.target][0]), []).append(module)
+            scale = settings.scale_of(module_path(*place))
+            self._add(Module(*place, a_RK, b_NR, start, scale))
 
     def _view(self, offset: int, rows: int, columns: int) -> Tensor:
         """A leaf whose data and gradient are parts of the flat buffers; autograd adds in place."""
@@ -113,6 +131,20 @@ class Adapters:
         view = self.flat_P[part].view(rows, columns).requires_grad_()
         view.grad = self.grad_P[part].view(rows, columns)
         return view
+
+    def twin(self) -> "Adapters":
+        """The same masters, with a gradient of their own."""
+        other = copy.copy(self)
+        other.grad_P = torch.zeros_like(self.grad_P)
+        other.modules, other._groups, other._copies = [], {}, {}
+        for m in self.modules:
+            a_RK, b_NR = (other._view(int(x.storage_offset()), *x.shape) for x in (m.a_RK, m.b_NR))
+            other._add(replace(m, a_RK=a_RK, b_NR=b_NR))
+        return other
+
+    def _add(self, module: Module) -> None:
+        self.modules.append(module)
+        self._groups.setdefault((module.layer, TARGETS[module.target][0]), []).append(module)
 
     @property
     def version(self) -> int:
@@ -135,37 +167,51 @@ class Adapters:
         ]
 
     def copies(self, layer: int, group: str, dtype: torch.dtype) -> Copies | None:
-        """The masters of one fused weight's adapters in a compute dtype; None without adapters.
+        """The adapters of one fused weight in a compute dtype; None where it has none.
 
-        All of them are rounded in one pass, when they are first asked for since they changed.
+        All masters are rounded in one pass, when they are first asked for since they changed.
         """
-        modules, common = self._groups.get((layer, group), ()), self.settings.scale
-        if not modules:
-            return None
-        flat_P = self._narrowed(dtype)
-        first, K = modules[0].a_RK.storage_offset(), modules[0].a_RK.shape[1]
-        # the A of a group stand one after the other, and are equally wide
-        ranks = self.ranks(layer, group)
-        a_RK, a_grad_RK = (
-            flat[first : first + ranks * K].view(ranks, K) for flat in (flat_P, self.grad_P)
-        )
-        b_NR = [
-            flat_P[m.b_NR.storage_offset() :][: m.b_NR.numel()].view(m.b_NR.shape) for m in modules
-        ]
-        factors = [m.scale / common for m in modules]
-        scaled = [b if f == 1 else b * f for b, f in zip(b_NR, factors, strict=True)]
-        return Copies(a_RK, tuple(scaled), a_grad_RK)
+        narrow = self._narrow.get(dtype)
+        if narrow is None or narrow.version != self.version:
+            with _narrowing:
+                narrow = self._narrowed(dtype)
+        if dtype not in self._copies:
+            found = {place: self._copied(group, narrow) for place, group in self._groups.items()}
+            self._copies[dtype] = found
+        return self._copies[dtype].get((layer, group))
 
     @torch.inference_mode(mode=False)
-    def _narrowed(self, dtype: torch.dtype) -> Tensor:
-        """The flat masters in a compute dtype: themselves, or a copy as new as they are."""
-        if self.flat_P.dtype == dtype:
-            return self.flat_P
-        version, copy_P = self._narrow or (-1, self.flat_P)
-        if version != self.version or copy_P.dtype != dtype:
-            copy_P = self.flat_P.to(dtype)
-            self._narrow = self.version, copy_P
-        return copy_P
+    @torch.no_grad()
+    def _narrowed(self, dtype: torch.dtype) -> _Narrow:
+        """The masters of now in a compute dtype, in the memory that held them before."""
+        a_P, b_P = self.flat_P.split((self.num_a, len(self.flat_P) - self.num_a))
+        own = self._narrow.setdefault(
+            dtype, _Narrow(a_P.to(dtype), torch.empty_like(b_P, dtype=dtype))
+        )
+        if own.version == self.version:
+            return own  # by another thread
+        own.a_P.copy_(a_P)
+        own.b_P.copy_(b_P * self.settings.scale)
+        for m in self.modules:
+            if m.scale != self.settings.scale:
+                own.part(m, self.num_a).copy_(m.b_NR * m.scale)
+        own.version = self.version
+        return own
+
+    def _copied(self, modules: Sequence[Module], narrow: _Narrow) -> Copies:
+        first, K = int(modules[0].a_RK.storage_offset()), modules[0].a_RK.shape[1]
+        # the A of a group stand one after the other, and are equally wide
+        ranks = sum(len(m.a_RK) for m in modules)
+        a_RK, a_grad_RK = (
+            flat[first : first + ranks * K].view(ranks, K) for flat in (narrow.a_P, self.grad_P)
+        )
+        branches, rank = [], 0
+        for m in modules:
+            assert m.b_NR.grad is not None
+            b_NR = narrow.part(m, self.num_a)
+            branches.append(CopiedB(b_NR, m.b_NR.grad, m.scale, m.start, rank))
+            rank += len(m.a_RK)
+        return Copies(a_RK, a_grad_RK, branches, modules[0].a_RK)
 
     @classmethod
     def starting(

@@ -22,11 +22,18 @@ from torch import Tensor
 
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.fields import shown
+from bioinstruct.model.formats.config_json import config_from_hf, config_to_hf
+from bioinstruct.model.formats.meta_files import SHARDS, meta_shards, read_meta
+from bioinstruct.model.formats.pickled import read_pickled
+from bioinstruct.model.formats.stored import StoredTensor, check_start, read_safetensors
+from bioinstruct.model.formats.written import (
+    check_values,
+    checked,
+    new_folder,
+    some,
+    write_safetensors,
+)
 from bioinstruct.model.gguf_header import gguf_parts
-from bioinstruct.model.meta_files import SHARDS, meta_shards, read_meta
-from bioinstruct.model.pickled import read_pickled
-from bioinstruct.model.stored import StoredTensor, check_start, read_safetensors
-from bioinstruct.model.written import check_values, checked, new_folder, some, write_safetensors
 from bioinstruct.synth.files import write_text
 
 SINGLE = "model.safetensors"
@@ -149,13 +156,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     file = _find_weights(path)
     if file.suffix == ".gguf":
         # dequantizing needs an optional package
-        from bioinstruct.model.gguf_tensors import read_gguf
+        from bioinstruct.model.formats.gguf_tensors import read_gguf
 
         return Checkpoint(file, *read_gguf(file))
     if file.match(SHARDS):
         return Checkpoint(file, *read_meta(meta_shards(file.parent)))
     config_path = file.parent / "config.json"
-    config = LlamaConfig.from_hf(_read_object(config_path), str(config_path))
+    config = config_from_hf(_read_object(config_path), str(config_path))
     tensors = _read_shards(file) if file.suffix == ".json" else _read_file(file)
     return Checkpoint(file, config, tensors)
 
@@ -200,7 +207,7 @@ def save_checkpoint(
             write_text(temporary / INDEX, _json(index))
             names.append(INDEX)
         stored = {"torch_dtype": str(first[1].dtype).removeprefix("torch.")}
-        write_text(temporary / "config.json", _json(config.to_hf() | stored))
+        write_text(temporary / "config.json", _json(config_to_hf(config) | stored))
     return [folder / name for name in [*names, "config.json"]]
 
 

@@ -8,7 +8,6 @@
 No command holds a model in memory: tensors are read, changed and written one at a time.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,20 +19,14 @@ from torch import Tensor
 from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.llama import merged, pack_documents, streamed_logits
+from bioinstruct.model.llama import pack_documents
+from bioinstruct.model.merging import merged, streamed_logits
 from bioinstruct.model.templates import guess_template
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer_config import copy_tokenizer
 from bioinstruct.synth import console
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
 PROBE_TOKENS = 24  # of the two documents that a merge is checked on
 _MODEL = click.argument("model", type=click.Path(path_type=Path))
 _OUT = click.argument("out", type=click.Path(path_type=Path))
@@ -132,7 +125,7 @@ def convert(model: Path, out: Path, form: str, dtype: str | None, shard_gb: floa
     checkpoint = open_checkpoint(model)
     pairs = _weights(checkpoint)
     if form == "meta":
-        from bioinstruct.model.meta_writer import save_meta
+        from bioinstruct.model.formats.meta_writer import save_meta
 
         files = save_meta(out, checkpoint.config, pairs, dtype=_dtype(dtype))
     else:
@@ -213,16 +206,6 @@ def _save(
     return save_checkpoint(out, config, pairs, dtype=_dtype(dtype), max_shard_bytes=size)
 
 
-def copy_tokenizer(source: Path, out: Path) -> list[Path]:
-    """Copy the files of a tokenizer beside the weights, so that the folder is whole."""
-    copied = []
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-            copied.append(out / name)
-    return copied
-
-
 @command.command("export-gguf")
 @_MODEL
 @_OUT
@@ -232,7 +215,7 @@ def copy_tokenizer(source: Path, out: Path) -> list[Path]:
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="By default the model's own.")
 def export_gguf(model: Path, out: Path, kind: str, tokenizer: Path | None) -> None:
     """Write a model and its tokenizer as one GGUF file."""
-    from bioinstruct.model.gguf_writer import save_gguf
+    from bioinstruct.model.formats.gguf_writer import save_gguf
 
     checkpoint = open_checkpoint(model)
     words = load_tokenizer(tokenizer or model)

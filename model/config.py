@@ -1,9 +1,7 @@
 """What a checkpoint says about its own shape, as one checked, immutable value.
 
-Two kinds of file are read: the config.json of a Hugging Face folder, and the key-value header of a
-GGUF file. A setting that would change the model's function and that this model does not compute
-is refused by name; one that changes nothing (use_cache, initializer_range, ...) is passed over.
-The families that are computed differ from LLaMA by little:
+formats/config_json.py, gguf_config.py and meta_files.py read it. The families that are computed
+differ from LLaMA by little:
 
     mistral  its attention may have a window; documents are then refused above it, where it acts
     qwen2    q, k and v have a bias
@@ -15,20 +13,14 @@ Letters: D hidden_size, F intermediate_size, Q num_heads * head_dim, K num_kv_he
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from bioinstruct.model.fields import Fields, build, require, shown
+from bioinstruct.model.fields import require, shown
 from bioinstruct.model.rope_scaling import (
     LinearRopeScaling,
     Llama3RopeScaling,
     RopeScaling,
-    rope_from_gguf,
-    rope_from_hf,
-    rope_to_hf,
 )
 
 __all__ = ["LinearRopeScaling", "Llama3RopeScaling", "LlamaConfig", "RopeScaling"]
@@ -54,16 +46,6 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", interleaved=True, positions=131072, bos_id=1, eos_id=2),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, positions=32768),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, positions=32768),
-}
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
-
-# settings of other LLaMA-like models, and the one value that is this model
-_HF_FIXED: Mapping[str, object] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_interleaved": False,
-    "partial_rotary_factor": 1.0,
 }
 
 
@@ -139,125 +121,6 @@ class LlamaConfig:
         """Whether every head of q and k is normed."""
         return FAMILIES[self.family].qk_norm
 
-    @classmethod
-    def from_hf(cls, mapping: Mapping[str, Any], source: str) -> "LlamaConfig":
-        """Read the content of a Hugging Face config.json, absent keys as its own class has them.
-
-        Args:
-            mapping: the parsed JSON object.
-            source: the file's name, for messages.
-
-        Raises:
-            ValueError: a key is missing or of the wrong type, or the model is no plain LLaMA.
-        """
-        fields = Fields(mapping, source)
-        family = _hf_family(fields)
-        own = FAMILIES[family]
-        heads = fields.integer("num_attention_heads")
-        rope_base, rope_scaling = rope_from_hf(fields)
-        return build(
-            cls,
-            source,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
-            intermediate_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=_kv_heads(fields, family, heads),
-            head_dim=_hf_head_dim(fields, family),
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_base=rope_base,
-            rope_scaling=rope_scaling,
-            max_positions=_positions(fields, family),
-            tied_embeddings=fields.boolean("tie_word_embeddings", False),
-            bos_id=_one_id(fields, "bos_token_id", own.bos_id),
-            eos_ids=fields.ids("eos_token_id", own.eos_id),
-            family=family,
-        )
-
-    @classmethod
-    def from_gguf(
-        cls,
-        metadata: Mapping[str, Any],
-        source: str,
-        *,
-        tied_embeddings: bool,
-        rope_divisors: Sequence[float] | None = None,
-    ) -> "LlamaConfig":
-        """Read the key-value header of a GGUF file.
-
-        Args:
-            metadata: the header's keys and values.
-            source: the file's name, for messages.
-            tied_embeddings: whether the file has no output.weight of its own.
-            rope_divisors: the (head_dim / 2,) numbers of its rope_freqs.weight, None without.
-
-        Raises:
-            ValueError: a key is missing or of the wrong type, or the model is no plain LLaMA.
-        """
-        fields = Fields(metadata, source)
-        arch = _gguf_family(fields)
-        heads = fields.integer(f"{arch}.attention.head_count")
-        head_dim = _head_dim(
-            fields,
-            f"{arch}.attention.key_length",
-            f"{arch}.embedding_length",
-            f"{arch}.attention.head_count",
-        )
-        for key in (f"{arch}.rope.dimension_count", f"{arch}.attention.value_length"):
-            if fields.integer(key, head_dim) != head_dim:
-                fields.refuse(key, f"it must be the width of a head, {head_dim}")
-        rope_base = _single(fields, f"{arch}.rope.freq_base", 10000.0)
-        return build(
-            cls,
-            source,
-            vocab_size=_gguf_vocab_size(fields, arch),
-            hidden_size=fields.integer(f"{arch}.embedding_length"),
-            intermediate_size=fields.integer(f"{arch}.feed_forward_length"),
-            num_layers=fields.integer(f"{arch}.block_count"),
-            num_heads=heads,
-            num_kv_heads=fields.integer(f"{arch}.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            norm_eps=_single(fields, f"{arch}.attention.layer_norm_rms_epsilon"),
-            rope_base=rope_base,
-            rope_scaling=rope_from_gguf(fields, head_dim, rope_base, rope_divisors, arch),
-            max_positions=fields.integer(f"{arch}.context_length"),
-            tied_embeddings=tied_embeddings,
-            bos_id=_one_id(fields, "tokenizer.ggml.bos_token_id", None),
-            eos_ids=_gguf_eos_ids(fields),
-            family=arch,
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """Return the content of a config.json that transformers 4 and 5 read alike."""
-        scaling = rope_to_hf(self.rope_scaling)
-        return {
-            "architectures": [FAMILIES[self.family].architecture],
-            "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "max_position_embeddings": self.max_positions,
-            # the first two are what version 4 reads, the third is version 5's
-            "rope_theta": self.rope_base,
-            "rope_scaling": scaling,
-            "rope_parameters": {
-                "rope_theta": self.rope_base,
-                **(scaling or {"rope_type": "default"}),
-            },
-            # a window that the checkpoint had is the end of max_position_embeddings
-            **_WITHOUT[self.family],
-            "tie_word_embeddings": self.tied_embeddings,
-            "bos_token_id": self.bos_id,
-            "eos_token_id": _one_or_list(self.eos_ids),
-        }
-
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every weight's Hugging Face name and shape, in the order of the forward pass."""
         D, F = self.hidden_size, self.intermediate_size
@@ -288,112 +151,3 @@ class LlamaConfig:
     def parameter_count(self) -> int:
         """Return the number of weights; tied embeddings count once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
-
-
-# what a family's config.json says so that transformers computes what is computed here
-_WITHOUT: Mapping[str, Mapping[str, object]] = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {"use_sliding_window": False, "attention_bias": False},
-}
-
-
-def _hf_family(fields: Fields) -> str:
-    """Name of the model's family; refuse what is computed otherwise."""
-    if not (fields.has("model_type") or fields.has("architectures")):
-        raise ValueError(
-            f"{fields.source}: names neither model_type nor architectures; it is no config.json of "
-            "a Hugging Face model"
-        )
-    named = fields.mapping.get("architectures")
-    by_class = [name for name, own in FAMILIES.items() if [own.architecture] == named]
-    family = fields.text("model_type", by_class[0] if by_class else "llama")
-    if family not in FAMILIES:
-        fields.refuse("model_type", f"only {', '.join(FAMILIES)} are computed here")
-    if fields.has("architectures") and by_class != [family]:
-        expected = [FAMILIES[family].architecture]
-        fields.refuse("architectures", f"of {family}, only {expected} is computed here")
-    for key, value in _HF_FIXED.items():
-        if fields.has(key) and fields.mapping[key] != value:
-            fields.refuse(key, f"only {value!r} is computed here")
-    if fields.has("quantization_config"):
-        fields.refuse("quantization_config", "take the model's unquantized weights")
-    return family
-
-
-def _gguf_family(fields: Fields) -> str:
-    arch = fields.text("general.architecture")
-    if arch not in GGUF_FAMILIES:
-        fields.refuse("general.architecture", f"only {', '.join(GGUF_FAMILIES)} are computed here")
-    if fields.integer(f"{arch}.expert_count", 0) > 0:
-        fields.refuse(f"{arch}.expert_count", "a mixture of experts is not computed here")
-    return arch
-
-
-def _kv_heads(fields: Fields, family: str, heads: int) -> int:
-    if family == "llama":
-        return fields.integer("num_key_value_heads", heads)
-    return fields.integer("num_key_value_heads")
-
-
-def _hf_head_dim(fields: Fields, family: str) -> int:
-    if family == "qwen3":
-        return fields.integer("head_dim", 128)
-    return _head_dim(fields, "head_dim", "hidden_size", "num_attention_heads")
-
-
-def _positions(fields: Fields, family: str) -> int:
-    """Longest document: the context, or the attention's window where that is shorter."""
-    context = fields.integer("max_position_embeddings", FAMILIES[family].positions)
-    if family == "llama":
-        return context
-    absent = 4096 if family == "mistral" and "sliding_window" not in fields.mapping else context
-    window = fields.integer("sliding_window", absent)
-    kinds = fields.mapping.get("layer_types")
-    sliding = isinstance(kinds, list) and "sliding_attention" in kinds
-    acts = family == "mistral" or sliding or fields.boolean("use_sliding_window", False)
-    return min(context, window) if acts else context
-
-
-def _head_dim(fields: Fields, key: str, hidden_key: str, heads_key: str) -> int:
-    if fields.has(key):
-        return fields.integer(key)
-    hidden, heads = fields.integer(hidden_key), fields.integer(heads_key)
-    if heads <= 0 or hidden % heads:
-        fields.refuse(hidden_key, f"without {key} it must be a multiple of {heads_key}, {heads}")
-    return hidden // heads
-
-
-def _one_id(fields: Fields, key: str, default: int | None) -> int | None:
-    ids = fields.ids(key, default)
-    if len(ids) > 1:
-        fields.refuse(key, "it must be one token id or null")
-    return ids[0] if ids else None
-
-
-def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
-    if not ids:
-        return None
-    return ids[0] if len(ids) == 1 else list(ids)
-
-
-def _gguf_vocab_size(fields: Fields, arch: str) -> int:
-    tokens = fields.mapping.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        return fields.integer(f"{arch}.vocab_size")
-    return fields.integer(f"{arch}.vocab_size", len(tokens))
-
-
-def _gguf_eos_ids(fields: Fields) -> tuple[int, ...]:
-    # a chat model's turns may end by another token than its documents
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return tuple(dict.fromkeys(token for key in keys for token in fields.ids(key, None)))
-
-
-def _single(fields: Fields, key: str, *default: float) -> float:
-    """A positive number; the header's are float32: 9.99999974e-06 there was 1e-05 before."""
-    value = fields.number(key, *default)
-    if not 0 < value < 1e38:
-        fields.refuse(key, "it must be above 0 and finite")
-    return float(str(np.float32(value)))

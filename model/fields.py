@@ -52,6 +52,22 @@ class Fields:
             self.refuse(key, "it must be a token id, a list of them, or null")
         return tuple(ids)
 
+    def one_id(self, key: str, default: int | None) -> int | None:
+        """Return the one token id under key, None where it says null."""
+        ids = self.ids(key, default)
+        if len(ids) > 1:
+            self.refuse(key, "it must be one token id or null")
+        return ids[0] if ids else None
+
+    def share(self, key: str, whole_key: str, parts_key: str) -> int:
+        """Return the whole number under key; without it, whole_key's divided by parts_key's."""
+        if self.has(key):
+            return self.integer(key)
+        whole, parts = self.integer(whole_key), self.integer(parts_key)
+        if parts <= 0 or whole % parts:
+            self.refuse(whole_key, f"without {key} it must be a multiple of {parts_key}, {parts}")
+        return whole // parts
+
     def has(self, key: str) -> bool:
         """Say whether key is there and not null."""
         return self.mapping.get(key) is not None

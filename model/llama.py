@@ -17,7 +17,7 @@ Shapes   T packed tokens, D model width, H query heads, G key/value heads, E hea
          feed-forward width, V vocabulary, N = (H + 2G) * E.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from bioinstruct.kernels import (
     Rotation,
     add_rmsnorm,
     attention,
+    copied_lora_linear,
     lora_linear,
     rmsnorm,
     split_rope,
@@ -42,8 +43,6 @@ from bioinstruct.model.adapters import GROUPS, Adapters
 from bioinstruct.model.augmented_layers import AugmentedLayer, AugmentedLayers, Residual
 from bioinstruct.model.config import LlamaConfig
 
-HEAD_ROWS = 8192
-"""Rows of the head that streamed_logits widens at a time."""
 Attend = Callable[[int, Heads], Tensor]
 """Attention of one layer: (layer number, its heads) -> (T, H, E)."""
 
@@ -117,10 +116,14 @@ class Block(nn.Module):
         def linear(group: str, x: Tensor, weight: Tensor) -> Tensor:
             if adapters is None:
                 return lora_linear(x, weight)
-            branches = adapters.branches(self.layer, group)
-            site = self.layer * len(GROUPS) + GROUPS.index(group)
+            site, settings = self.layer * len(GROUPS) + GROUPS.index(group), adapters.settings
+            if uses_triton(x, weight) or settings.dropout_per_module:
+                branches = adapters.branches(self.layer, group)
+                return lora_linear(x, weight, branches, settings.scale, dropout, site)
             copies = adapters.copies(self.layer, group, x.dtype)
-            return lora_linear(x, weight, branches, adapters.settings.scale, dropout, site, copies)
+            if copies is None:
+                return lora_linear(x, weight)
+            return copied_lora_linear(x, weight, copies, dropout, site)
 
         h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
         qkv_TN = linear("qkv", h_TD, self.qkv_ND)
@@ -216,7 +219,7 @@ class Llama(nn.Module):
             if config.tied_embeddings
             else frozen(config.vocab_size, config.hidden_size)
         )
-        self.inverse_frequency_E = _inverse_frequency(config, self.device)
+        self.inverse_frequency_E = inverse_frequency(config, self.device)
 
     def pieces(self) -> dict[str, Piece]:
         """Which rows of which parameter hold each tensor of a checkpoint, by Hugging Face name.
@@ -241,7 +244,7 @@ class Llama(nn.Module):
         """Give the weights of a model made on the meta device memory; they stay uninitialised."""
         self.to_empty(device=device)
         self.device = device
-        self.inverse_frequency_E = _inverse_frequency(self.config, device)
+        self.inverse_frequency_E = inverse_frequency(self.config, device)
 
     def randomise(self, seed: int, std: float = 0.02) -> None:
         """Fill the weights with normal noise and the gains with 1, for benches and tests."""
@@ -253,8 +256,8 @@ class Llama(nn.Module):
                 weight.normal_(0.0, std, generator=generator)
 
     def rotation(self, positions_T: Tensor) -> Rotation:
-        """cos and sin of every token's angles, in float32, from float64 angles."""
-        return _rotation(positions_T, self.inverse_frequency_E, self.dtype)
+        """cos and sin of every token's angles."""
+        return rotation_at(positions_T, self.inverse_frequency_E, self.dtype)
 
     def packed_attention(self, documents: Documents) -> Attend:
         """Attention within the documents of a pack, for training and prefill."""
@@ -318,13 +321,14 @@ def _run(layer: Callable[..., Any], *given: Any, again: bool) -> Any:
     return checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
 
 
-def _rotation(positions_T: Tensor, inverse_frequency_E: Tensor, dtype: torch.dtype) -> Rotation:
+def rotation_at(positions_T: Tensor, inverse_frequency_E: Tensor, dtype: torch.dtype) -> Rotation:
+    """cos and sin of every token's angles, in float32, from float64 angles."""
     angles_TE = positions_T.double()[:, None] * inverse_frequency_E
     wide = torch.promote_types(dtype, torch.float32)
     return Rotation(angles_TE.cos().to(wide), angles_TE.sin().to(wide))
 
 
-def _inverse_frequency(config: LlamaConfig, device: torch.device) -> Tensor:
+def inverse_frequency(config: LlamaConfig, device: torch.device) -> Tensor:
     """(E/2,) float64 radians a position."""
     E = config.head_dim
     exponents_E = torch.arange(0, E, 2, dtype=torch.float64, device=device) / E
@@ -333,68 +337,3 @@ def _inverse_frequency(config: LlamaConfig, device: torch.device) -> Tensor:
         return frequency_E
     divisors = config.rope_scaling.divisors(E, config.rope_base)
     return frequency_E / torch.tensor(divisors, dtype=torch.float64, device=device)
-
-
-@torch.no_grad()
-def merged_tensors(model: Llama, adapters: Adapters | None) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors by Hugging Face name, one after the other, the adapters added."""
-    return merged(model.destinations().items(), adapters)
-
-
-@torch.no_grad()
-def merged(
-    weights: Iterable[tuple[str, Tensor]], adapters: Adapters | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Add the adapters to the weights that they adapt, one after the other.
-
-    The sum is taken in at least float32 and rounded once, to the weight's own dtype.
-
-    Args:
-        weights: by Hugging Face name.
-        adapters: what to add, or None.
-    """
-    modules = {} if adapters is None else {m.name: m for m in adapters.modules}
-    for name, weight in weights:
-        if name not in modules:
-            yield name, weight
-            continue
-        module = modules[name]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        a_RK, b_NR = module.a_RK.to(wide), module.b_NR.to(wide)
-        yield name, wide.addmm_(b_NR, a_RK, alpha=module.scale).to(weight)
-
-
-@torch.inference_mode()
-def streamed_logits(
-    config: LlamaConfig,
-    weights: Callable[[str], Tensor],
-    pack: Pack,
-    adapters: Adapters | None = None,
-) -> Tensor:
-    """Logits of a model that is never in memory whole: one layer after the other, on the CPU.
-
-    Args:
-        config: the model's shape.
-        weights: gives a tensor by its Hugging Face name; asked for each once, in order.
-        pack: tokens.
-        adapters: LoRA branches to add, or None.
-
-    Returns:
-        (T, V) float32.
-    """
-    cpu, wide = torch.device("cpu"), torch.float32
-
-    def attend(layer: int, heads: Heads) -> Tensor:
-        return attention(*heads, pack.documents, "sdpa")
-
-    embedding_VD = weights("model.embed_tokens.weight")
-    x_TD = embedding_VD[pack.ids_T].to(wide)
-    rotation = _rotation(pack.positions_T, _inverse_frequency(config, cpu), wide)
-    for layer in range(config.num_layers):
-        block = Block(config, layer, cpu, wide)
-        for name, place in block.destinations().items():
-            place.copy_(weights(f"model.layers.{layer}.{name}"))
-        x_TD = block(x_TD, rotation, attend, adapters)
-    h_TD = rmsnorm(x_TD, weights("model.norm.weight").to(wide), config.norm_eps)
-    head_VD = embedding_VD if config.tied_embeddings else weights("lm_head.weight")
-    return torch.cat([h_TD @ rows.to(wide).T for rows in head_VD.split(HEAD_ROWS)], dim=1)

@@ -26,7 +26,7 @@ from bioinstruct.model.templates import (
     get_template,
     guess_template,
 )
-from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

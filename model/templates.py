@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bioinstruct.model.tokenizer import Tokenizer
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer
 from bioinstruct.synth.records import Turn
 
 END_OF_SEQUENCE = "end-of-sequence token"

@@ -1,9 +1,11 @@
 """Shared fixtures. What the environment decides is set before any kernel module is imported."""
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from hypothesis import settings
@@ -16,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bioinstruct.model import Llm, load  # noqa: E402
+from bioinstruct.synth import console  # noqa: E402
 from bioinstruct.train.demo import fetch  # noqa: E402
 
 
@@ -42,6 +45,22 @@ def poisoned_empty() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def shell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Call a command as a shell would: its exit code, its output, its messages."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handler stays
+
+    def call(command: click.Command, *args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            console.run(command, [str(a) for a in args])
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

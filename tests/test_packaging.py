@@ -112,6 +112,27 @@ def test_imports_point_one_way(folder: str) -> None:
     assert wrong_imports(files(folder, "*.py"), wrong=wrong, depth=1) == []
 
 
+def rooms_imported(folder: str) -> dict[str, set[str]]:
+    """What each file and each sub-folder of a folder imports of the others."""
+    rooms: dict[str, set[str]] = {}
+    for path in files(folder, "*.py"):
+        room = path.relative_to(ROOT / folder).parts[0].removesuffix(".py")
+        names = [name.split(".")[1:3] for _, name in imports(path)]
+        rooms.setdefault(room, set()).update(n[1] for n in names if n[:1] == [folder] and n[1:])
+    return {room: (seen & rooms.keys()) - {room} for room, seen in rooms.items()}
+
+
+@pytest.mark.parametrize("folder", ["model", "train"])
+def test_no_sub_folder_imports_in_a_circle(folder: str) -> None:
+    rooms = rooms_imported(folder)
+    below = {room: set(seen) for room, seen in rooms.items()}
+    for _ in rooms:
+        below = {r: seen.union(*(below[s] for s in seen)) for r, seen in below.items()}
+    circles = [r for r in rooms if r in below[r] and (ROOT / folder / r).is_dir()]
+    assert any(len(seen) > 9 for seen in below.values())
+    assert not circles, f"what {folder}/{circles} import imports them: {rooms}"
+
+
 def test_the_libraries_we_do_without_are_not_imported() -> None:
     # the makers of golden files under tests/data run by hand, in an environment of their own
     sources = [p for f in (*MAY_IMPORT, "tests") for p in files(f, "*.py") if "data" not in p.parts]

@@ -1,7 +1,7 @@
 """The states of a run: taken up when it is resumed, written while it goes on.
 
-state.py knows files and tensors; here is what a run puts into them, and what must not have changed
-when it comes back.
+resume/state.py knows files and tensors; here is what a run puts into them, and what must not have
+changed when it comes back.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from bioinstruct.model.adapters import Adapters
-from bioinstruct.model.pissa import Factors
+from bioinstruct.model.lora.pissa import Factors
 from bioinstruct.synth.console import note
-from bioinstruct.train import folder
-from bioinstruct.train.fingerprint import fingerprint
-from bioinstruct.train.prepare import Prepared
-from bioinstruct.train.standing import Standing
-from bioinstruct.train.state import Keep, Saver, Snapshot, State, open_state, snapshot
+from bioinstruct.train.plan.prepare import Prepared
+from bioinstruct.train.resume import folder
+from bioinstruct.train.resume.fingerprint import fingerprint
+from bioinstruct.train.resume.standing import Standing
+from bioinstruct.train.resume.state import Keep, Saver, Snapshot, State, open_state, snapshot
 from bioinstruct.train.step import Optimizer
 
 MASTERS, TRAINED = "masters.flat", "average.flat"

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from bioinstruct.synth.console import note
-from bioinstruct.train.batch import collate
-from bioinstruct.train.metrics import MetricsLog
-from bioinstruct.train.planner import StepPlan
-from bioinstruct.train.prepare import Prepared, own_packs
-from bioinstruct.train.standing import Spike
+from bioinstruct.train.data.batch import collate
+from bioinstruct.train.plan.planner import StepPlan
+from bioinstruct.train.plan.prepare import Prepared, own_packs
+from bioinstruct.train.report.metrics import MetricsLog
+from bioinstruct.train.resume.standing import Spike
 from bioinstruct.train.step import add_gradient
 
 SHOWN = 5

@@ -16,13 +16,13 @@ from bioinstruct.eval.report import Row
 from bioinstruct.model.generate import generate
 from bioinstruct.model.templates import decode_answer
 from bioinstruct.synth.console import note
-from bioinstruct.train.batch import collate
-from bioinstruct.train.metrics import MetricsLog
-from bioinstruct.train.planner import pack_samples
-from bioinstruct.train.prepare import Prepared, deal_packs
-from bioinstruct.train.scores import score_tasks
+from bioinstruct.train.data.batch import collate
+from bioinstruct.train.data.tokens import TokenSet
+from bioinstruct.train.plan.planner import pack_samples
+from bioinstruct.train.plan.prepare import Prepared, deal_packs
+from bioinstruct.train.report.metrics import MetricsLog
+from bioinstruct.train.report.scores import score_tasks
 from bioinstruct.train.step import summed_loss
-from bioinstruct.train.tokens import TokenSet
 
 SAMPLE_TOKENS = 64
 

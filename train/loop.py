@@ -1,9 +1,9 @@
 """The training run, from settings to files: prepare, score, train, score again.
 
-    prepare.py      loads and checks everything
-    folder.py       the output folder, also of a run that is resumed
-    trainer.py      takes the steps, evaluates, saves, stops
-    scores.py       task scores before and after
+    plan/prepare.py    loads and checks everything
+    resume/folder.py   the output folder, also of a run that is resumed
+    trainer.py         takes the steps, evaluates, saves, stops
+    report/scores.py   task scores before and after
 
 Under torchrun every rank runs this module alike; files are written, answers generated and scored,
 by the first rank alone.
@@ -23,18 +23,19 @@ from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.llm import Llm
 from bioinstruct.synth.console import Stopped, note
-from bioinstruct.train import folder
 from bioinstruct.train.checkpoints import MASTERS, TRAINED
-from bioinstruct.train.dry_run import summary
-from bioinstruct.train.full import FullMasters
 from bioinstruct.train.outcome import outcome_name
-from bioinstruct.train.prepare import Prepared, made, prepare
-from bioinstruct.train.ranks import ALONE, Ranks
+from bioinstruct.train.plan.dry_run import summary
+from bioinstruct.train.plan.prepare import Prepared, made, prepare
+from bioinstruct.train.ranks.process import ALONE, Ranks
+from bioinstruct.train.report.profiling import check_reached
+from bioinstruct.train.report.scores import check_best, score_tasks, stored_row, write_report
+from bioinstruct.train.report.tensorboard_log import check_installed
+from bioinstruct.train.resume import folder
+from bioinstruct.train.resume.state import open_state, state_name
 from bioinstruct.train.run import Run
-from bioinstruct.train.scores import check_best, score_tasks, stored_row, write_report
-from bioinstruct.train.state import open_state, state_name
-from bioinstruct.train.tensorboard_log import check_installed
 from bioinstruct.train.trainer import Trainer
+from bioinstruct.train.weights.full import FullMasters
 
 
 def train(
@@ -61,7 +62,8 @@ def train(
 
     Raises:
         ValueError: as for prepare; a folder that holds a run; a run that cannot be continued as
-            this one; too many steps that are not finite; a record that does not fit into memory.
+            this one; too many steps that are not finite; a record that does not fit into memory;
+            steps to trace that are not taken.
         OSError: files cannot be read or written.
         Stopped: the run was interrupted; its state is saved.
     """
@@ -83,6 +85,8 @@ def train(
         ranks.from_first(lambda: stack.enter_context(folder.held(out)))
         trainer = Trainer(prepared, out, profile)
         step = trainer.take_up() if resume else None
+        if profile is not None:
+            check_reached(profile, step or 0, prepared.num_steps)
         ranks.from_first(lambda: folder.begin(out, prepared.run, made(prepared, command), step))
         note(f"writing to {out}")
         try:
@@ -123,8 +127,16 @@ def _score_before(rows: dict[str, Row], prepared: Prepared, out: Path) -> None:
         prepared.on_first(lambda own: _score(rows, prepared, plain, own, "before"), out)
 
 
-def _score(rows: dict[str, Row], prepared: Prepared, llm: Llm, out: Path, stage: str) -> None:
-    rows[stage] = score_tasks(llm, prepared.jobs, prepared.template.name, out, stage)
+def _score(
+    rows: dict[str, Row],
+    prepared: Prepared,
+    llm: Llm,
+    out: Path,
+    stage: str,
+    outcome: Path | None = None,
+) -> None:
+    template = prepared.template.name
+    rows[stage] = score_tasks(llm, prepared.jobs, template, out, stage, outcome=outcome)
 
 
 def _finish(rows: dict[str, Row], prepared: Prepared, trainer: Trainer, start_s: float) -> None:
@@ -133,12 +145,13 @@ def _finish(rows: dict[str, Row], prepared: Prepared, trainer: Trainer, start_s:
     if prepared.jobs:
 
         def score(own: Path) -> None:
-            _score(rows, prepared, _tuned(prepared, trainer), own, "after")
+            _score(rows, prepared, _tuned(prepared, trainer), own, "after", trainer.kept)
 
         prepared.on_first(score, out)
         if prepared.ranks.is_first:
-            seconds = time.monotonic() - start_s
-            print(write_report(out, prepared.run, rows, prepared.jobs, seconds))
+            seconds, kept = time.monotonic() - start_s, trainer.kept
+            run, jobs = prepared.run, prepared.jobs
+            print(write_report(out, run, rows, jobs, seconds=seconds, outcome=kept))
     prepared.ranks.from_first(lambda: folder.finish(out, standing.step))
     what = trainer.outcome.name
     if standing.best_step is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from bioinstruct.synth import console
-from bioinstruct.train.stops import interrupt_on_usr1
+from bioinstruct.train.ranks.stops import interrupt_on_usr1
 
 NEXT = """
 All answers are in {out}/eval-after; the report is {out}/report.md.
@@ -40,10 +40,10 @@ def command(
         raise click.UsageError(f"there is no recipe {recipe}")
     # torch is imported only now, so that --help and wrong usage answer at once
     from bioinstruct.train.demo import RECIPE
-    from bioinstruct.train.dry_run import dry_run
     from bioinstruct.train.loop import train
-    from bioinstruct.train.profiling import read_steps
-    from bioinstruct.train.ranks import joined
+    from bioinstruct.train.plan.dry_run import dry_run
+    from bioinstruct.train.ranks.process import joined
+    from bioinstruct.train.report.profiling import read_steps
     from bioinstruct.train.run import read_run
 
     if recipe is None and not any(o.startswith("model.path=") for o in overrides):
@@ -70,7 +70,7 @@ def main() -> None:
     # torch is imported only for several ranks, so that --help and wrong usage answer at once
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         console.run(command)
-    from bioinstruct.train.ranks import to_its_end
+    from bioinstruct.train.ranks.process import to_its_end
 
     to_its_end(lambda: console.run(command))
 

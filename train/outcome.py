@@ -15,10 +15,10 @@ from pathlib import Path
 from torch import Tensor
 
 from bioinstruct.model.checkpoint import save_checkpoint
-from bioinstruct.model.checkpoint_cli import copy_tokenizer
+from bioinstruct.model.tokenizers.tokenizer_config import copy_tokenizer
 from bioinstruct.synth.console import note
-from bioinstruct.train.full import FullMasters
-from bioinstruct.train.prepare import Prepared
+from bioinstruct.train.plan.prepare import Prepared
+from bioinstruct.train.weights.full import FullMasters
 
 
 def outcome_name(method: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bioinstruct.model.lora_settings import LoraSettings
+from bioinstruct.model.lora.settings import LoraSettings
 from bioinstruct.train import toml_tables
 
 SCHEDULES = "cosine", "linear", "constant", "wsd"
@@ -25,8 +25,8 @@ RECORD_TABLE = "made"
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} = {value} must be greater than 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} = {value} must be greater than 0, and finite")
 
 
 def _not_negative(name: str, value: float) -> None:
@@ -142,21 +142,21 @@ class TrainSettings:
     decay_share: float = 0.2
     """Share of all steps over which wsd falls, at the end; above 0, at most 1."""
     weight_decay: float = 0.0
-    """Decoupled decay of the adapters."""
+    """Decoupled decay: of the adapters, or of the matrices where all weights train."""
     clip: float = 1.0
     """Largest gradient norm; 0 for no limit."""
     ema: float = 0.0
-    """Below 1: keep an average of the adapters, which is what is validated, saved and scored; the
+    """Below 1: keep an average of what trains, which is what is validated, saved and scored; the
     share that it keeps of itself at a step, say 0.99; 0 for no average."""
     seed: int = 0
     """Of initialisation, order, dropout and the validation split."""
     save_every: int = 0
-    """Write the adapter, and a state to resume from, every so many steps; 0: at the end alone."""
+    """Write a state to resume from, and the adapter, every so many steps; 0: at the end alone."""
     keep: int = 2
     """States kept, the newest; the best one stays besides."""
     keep_best: str = ""
-    """Keep the adapter that is best by this in adapter-best: val_loss, or a task of eval.tasks, by
-    its main score or as TASK:SCORE; empty: none."""
+    """Keep what is best by this in adapter-best or model-best: val_loss, or a task of eval.tasks,
+    by its main score or as TASK:SCORE; empty: none."""
     patience: int = 0
     """Stop after so many evaluations without a better keep_best; 0: never."""
     eval_every: int = 0
@@ -169,6 +169,9 @@ class TrainSettings:
     """Layers, from the first on, that keep only their input and compute the rest again in the
     backward pass: less memory, at most half as much work again with LoRA; auto: the fewest with
     which the largest pack should fit."""
+    packs_at_once: int | str = "auto"
+    """Packs that a CPU takes side by side, each with a share of its threads: faster, and the memory
+    of so many packs; auto: 4, but no more than there are threads, or than fit. A GPU takes one."""
     max_skipped: int = 3
     """A step whose loss or gradient is not finite is skipped; end after so many in a row."""
     spikes: float = 10.0
@@ -198,6 +201,10 @@ class TrainSettings:
             _one_of("train.checkpoint_layers", self.checkpoint_layers, ("auto",))
         else:
             _not_negative("train.checkpoint_layers", self.checkpoint_layers)
+        if isinstance(self.packs_at_once, str):
+            _one_of("train.packs_at_once", self.packs_at_once, ("auto",))
+        else:
+            _positive("train.packs_at_once", self.packs_at_once)
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
         if not 0 <= self.ema < 1:
@@ -218,7 +225,6 @@ class EvalSettings:
     """Score the untrained model too."""
     form: str = "list"
     """Answer form of NER tasks: list | medtuned."""
-
     lexicon: str = ""
     """CoNLL file whose mentions make the lexicon baseline of NER tasks."""
     every: int = 0
@@ -239,7 +245,7 @@ class PlanSettings:
     """What --dry-run and the choice of memory policy assume about the hardware."""
 
     hardware: str = "auto"
-    """A GPU of train/hardware.py by name, as in A100-40GB, or cpu; auto: what is here."""
+    """A GPU of train/plan/hardware.py by name, as in A100-40GB, or cpu; auto: what is here."""
     mfu: float = 0.4
     """Share of the GPU's peak at which the time is reckoned."""
     ranks: int = 0

@@ -19,10 +19,11 @@ from bioinstruct.kernels import Dropout, linear_cross_entropy
 from bioinstruct.kernels.adamw import adamw_, clip_factor
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.batch import Batch
-from bioinstruct.train.masters import LoraMasters, Masters
-from bioinstruct.train.ranks import ALONE, Ranks
-from bioinstruct.train.state import Piece, State
+from bioinstruct.train.data.batch import Batch
+from bioinstruct.train.ranks.process import ALONE, Ranks
+from bioinstruct.train.resume.state import Piece, State
+from bioinstruct.train.side_by_side import SideBySide
+from bioinstruct.train.weights.masters import LoraMasters, Masters
 
 
 class Optimizer:
@@ -184,6 +185,7 @@ def train_step(
     lr: float,
     dropout_seed: int = 0,
     ranks: Ranks = ALONE,
+    beside: SideBySide | None = None,
     flags: Callable[[], Sequence[float]] = tuple,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
@@ -199,6 +201,7 @@ def train_step(
         lr: learning rate.
         dropout_seed: key of the masks.
         ranks: who takes part.
+        beside: takes several packs at once.
         flags: gives, after the packs, numbers that travel with the loss: 1 for a request to stop.
         meanwhile: called once all work is given to the device and before the host waits for it.
 
@@ -212,9 +215,17 @@ def train_step(
     masters = optimizer.masters
     own_loss = torch.zeros((), dtype=torch.float64, device=masters.grad_P.device)
     try:
-        for batch, is_last in _last_marked(batches):
-            masters.before_pack(is_last)
-            own_loss += add_gradient(model, masters.adapters, batch, scale, dropout_seed)
+        if beside is None:
+            for batch, is_last in _last_marked(batches):
+                masters.before_pack(is_last)
+                own_loss += add_gradient(model, masters.adapters, batch, scale, dropout_seed)
+        else:
+
+            def add(adapters: Adapters, batch: Batch) -> Tensor:
+                return add_gradient(model, adapters, batch, scale, dropout_seed)
+
+            for loss_of_pack in beside(list(batches), add):
+                own_loss += loss_of_pack
     except torch.OutOfMemoryError:
         masters.check_recovers()
         # the others are on their way to the sum below, which must hear of it

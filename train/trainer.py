@@ -1,10 +1,10 @@
 """The steps of a run: take one, look at it, evaluate, save, stop.
 
     step.py         one optimizer step
-    room.py         makes packs smaller where memory runs out
+    plan/room.py    makes packs smaller where memory runs out
     culprits.py     which records are behind a step that cannot be used or stands out
     evaluation.py   validation loss, sample answers and task scores while training
-    checkpoints.py  what a resume needs (state.py: its files; standing.py: what is no tensor)
+    checkpoints.py  what a resume needs (resume/: its files, its folder, what is no tensor)
 
 A step is a function of the settings, the records and what the steps before it left behind: weights,
 moments, average and Standing. All of that is in a state, so a resumed run takes the same steps to
@@ -22,19 +22,28 @@ from typing import Any, NamedTuple
 
 from bioinstruct.synth.console import Progress, Stopped, note
 from bioinstruct.synth.files import write_text
-from bioinstruct.train import culprits, evaluation, folder
-from bioinstruct.train.batch import Batch
+from bioinstruct.train import culprits, evaluation
 from bioinstruct.train.checkpoints import Checkpoints
-from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
+from bioinstruct.train.data.batch import Batch
 from bioinstruct.train.outcome import outcome_name, save_outcome
-from bioinstruct.train.planner import StepPlan, learning_rate
-from bioinstruct.train.prepare import Prepared, own_batches
-from bioinstruct.train.profiling import Profile
-from bioinstruct.train.room import halve, try_worst_pack
-from bioinstruct.train.standing import Standing
+from bioinstruct.train.plan.planner import StepPlan, learning_rate
+from bioinstruct.train.plan.prepare import Prepared, own_batches
+from bioinstruct.train.plan.room import halve, try_worst_pack
+from bioinstruct.train.ranks.stops import stop_requests
+from bioinstruct.train.report.metrics import (
+    MetricsLog,
+    loss_svg,
+    mfu,
+    peak_memory_bytes,
+    step_flops,
+)
+from bioinstruct.train.report.profiling import Profile
+from bioinstruct.train.report.tensorboard_log import tensorboard_writer
+from bioinstruct.train.resume import folder
+from bioinstruct.train.resume.standing import Standing
+from bioinstruct.train.resume.state import steps_of
+from bioinstruct.train.side_by_side import SideBySide
 from bioinstruct.train.step import Optimizer, OutOfRoom, StepResult, train_step
-from bioinstruct.train.stops import stop_requests
-from bioinstruct.train.tensorboard_log import tensorboard_writer
 
 
 class _Taken(NamedTuple):
@@ -73,6 +82,7 @@ class Trainer:
             clip=self.settings.clip,
             ema=self.settings.ema,
         )
+        self.beside = side_by_side(prepared)
         room = prepared.planner.max_tokens
         self.standing = Standing(max_tokens=room, asked_tokens=room)
         self.checkpoints = Checkpoints(prepared, out, self.optimizer)
@@ -94,7 +104,9 @@ class Trainer:
     def hint(self) -> str:
         """Say where the run stands and how it goes on."""
         where = f"the adapter so far is in {self.out / 'adapter'}"
-        if self.prepared.adapters is None:
+        if not steps_of(folder.states_of(self.out)):
+            where = "no state was saved yet"
+        elif self.prepared.adapters is None:
             where = "its state is saved"
         return (
             f"stopped after step {self.standing.step} of {self.prepared.num_steps}; {where}; "
@@ -219,6 +231,7 @@ class Trainer:
                     lr,
                     settings.seed,
                     prepared.ranks,
+                    self.beside,
                     lambda: [len(asked)],
                     lambda: self._look_ahead(step + 1),
                 )
@@ -332,6 +345,15 @@ class Trainer:
     def _draw(self) -> None:
         lines = (self.out / folder.METRICS).read_text(encoding="utf-8").splitlines()
         write_text(self.out / "loss.svg", loss_svg([json.loads(line) for line in lines]))
+
+
+def side_by_side(prepared: Prepared) -> SideBySide | None:
+    """What takes a run's packs several at once, or None where one is taken."""
+    number, adapters = prepared.run.train.packs_at_once, prepared.adapters
+    assert isinstance(number, int)
+    if number == 1 or adapters is None:
+        return None
+    return SideBySide(prepared.llm.config, adapters, number)
 
 
 def _named(wanted: str, scores: dict[str, dict[str, float]] | None, prepared: Prepared) -> float:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from bioinstruct.benches.train_step import (
     frozen_pass,
     gemm_flops,
     gemm_list,
+    over_packs,
     run_gemms,
     run_products,
+    side_by_side,
 )
 from bioinstruct.benches.workload import SHAPES, Job, Step, make_step
 from bioinstruct.model.adapters import projection_shapes
@@ -135,13 +138,14 @@ def test_the_variants_see_one_loss(step: Step) -> None:
     eager = EagerLora(step.model, step.adapters)
     eager_loss = sum(float(eager(batch, step.scale).detach()) for batch in step.batches)
     ours = sum(float(add_gradient(step.model, step.adapters, b, step.scale)) for b in step.batches)
-    assert frozen_pass(step) == pytest.approx(ours, rel=1e-5)
+    frozen = sum(float(frozen_pass(step, batch)) for batch in step.batches)
+    assert frozen == pytest.approx(ours, rel=1e-5)
     assert eager_loss == pytest.approx(ours, rel=1e-5)
 
 
 def test_ours_and_the_usual_step_move_alike(step: Step) -> None:
     eager = EagerStep(EagerLora(step.model, step.adapters), step.batches, step.scale, train_step.LR)
-    lora = LoraStep(step)
+    lora = LoraStep(step, side_by_side(step, 2))
     before_P = step.adapters.flat_P.clone()
     for _ in range(3):
         lora()
@@ -165,14 +169,14 @@ def test_the_frozen_pass_computes_every_input_gradient(
         return call(self, x_TD, *rest)
 
     monkeypatch.setattr(type(step.model.blocks[0]), "forward", spy)
-    frozen_pass(step)
+    over_packs(step, side_by_side(step, None), lambda *given: partial(frozen_pass, *given))()
     assert len(found) == len(step.batches) == 2
     assert min(found) > 0
     assert not step.adapters.grad_P.any()
 
 
 def test_the_list_holds_every_frozen_product(step: Step) -> None:
-    gemms = gemm_list(step)
+    gemms = [gemm for batch in step.batches for gemm in gemm_list(step, batch)]
     assert len(gemms) == len(step.batches) * (2 * 4 * 2 + 2)
     config = JOB.config
     weights = sum(N * K for N, K, _ in projection_shapes(config).values()) * config.num_layers
@@ -186,7 +190,7 @@ def test_the_list_holds_every_frozen_product(step: Step) -> None:
 
 
 def test_the_products_of_attention_are_all_there(step: Step) -> None:
-    products = attention_products(step)
+    products = [p for batch in step.batches for p in attention_products(step, batch)]
     config = JOB.config
     # documents of 21 tokens are one block: every pair, six products each way, every head and layer
     pairs = 3 * 21 * 21 * config.num_heads * config.num_layers

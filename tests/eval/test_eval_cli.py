@@ -3,10 +3,10 @@
 import json
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import pytest
 import bioinstruct.model
 from bioinstruct.eval.cli import cli
 from bioinstruct.eval.tasks import find_task
-from bioinstruct.synth import console
 
 DEMO = Path(__file__).parents[2] / "train" / "demo"
 NCBI, PUBMEDQA = DEMO / "ncbi-disease-test.tsv.gz", DEMO / "pubmedqa-ori_pqal.json.gz"
@@ -24,16 +23,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handler stays
-
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            console.run(cli, [str(a) for a in args])
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return call
+def run(shell: Run) -> Run:
+    return partial(shell, cli)
 
 
 class FakeModel:

@@ -17,7 +17,8 @@ from bioinstruct.kernels import dispatch
 from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.augmented_layers import AugmentedLayers
 from bioinstruct.model.generate import Completion, generate
-from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
+from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.merging import merged_tensors
 from bioinstruct.train.step import Optimizer, add_gradient
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes for Linux only)")

@@ -278,12 +278,35 @@ def test_copies_of_the_masters_follow_them(stories: Llm, dtype: torch.dtype) -> 
             assert torch.equal(copies.a_RK, stacked.to(dtype))
             gradients = [branch.a_RK.grad for branch in branches]
             assert torch.equal(copies.a_grad_RK, torch.cat(gradients))  # type: ignore[arg-type]
-            for copy, branch in zip(copies.b_NR, branches, strict=True):
-                exact = branch.b_NR.to(dtype) * branch.factor
-                torch.testing.assert_close(copy, exact, rtol=1e-6, atol=0)
+            scale, rank = adapters.settings.scale, 0
+            for copy, branch in zip(copies.branches, branches, strict=True):
+                exact = branch.b_NR * (scale * branch.factor)
+                torch.testing.assert_close(copy.b_NR, exact.to(dtype), rtol=1e-6, atol=0)
+                assert copy.grad_NR is branch.b_NR.grad
+                assert copy[2:] == (pytest.approx(scale * branch.factor), branch.start, rank)
+                rank += len(branch.a_RK)
         with torch.no_grad():
             adapters.grad_P.normal_()
             adapters.flat_P.mul_(-2.5)
+
+
+def test_a_twin_has_the_same_masters_and_a_gradient_of_its_own(stories: Llm) -> None:
+    adapters = made(stories, rank_pattern={"k_proj": 2})
+    before = adapters.copies(0, "qkv", torch.float32)
+    twin = adapters.twin()
+    with torch.no_grad():
+        adapters.grad_P.fill_(3.0)
+        adapters.flat_P.normal_()
+    assert not twin.grad_P.any()
+    for own, other in zip(adapters.modules, twin.modules, strict=True):
+        assert torch.equal(own.a_RK, other.a_RK) and torch.equal(own.b_NR, other.b_NR)
+        assert other.b_NR.grad is not None
+        other.b_NR.grad.fill_(1.0)
+    assert twin.grad_P[: twin.num_a].sum() == 0 and twin.grad_P[twin.num_a :].min() == 1
+    assert bool((adapters.grad_P == 3).all())
+    copies = twin.copies(0, "qkv", torch.float32)
+    assert before is not None and copies is not None
+    assert torch.equal(copies.a_RK, torch.cat([m.a_RK for m in adapters.modules[:3]]))
 
 
 def test_a_layer_without_adapters_has_no_copies(stories: Llm) -> None:

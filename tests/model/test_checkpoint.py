@@ -16,8 +16,9 @@ from torch import Tensor
 
 from bioinstruct.model.checkpoint import INDEX, SINGLE, open_checkpoint, save_checkpoint
 from bioinstruct.model.config import LlamaConfig
-from bioinstruct.model.stored import read_safetensors
-from bioinstruct.model.written import write_safetensors
+from bioinstruct.model.formats.config_json import config_from_hf
+from bioinstruct.model.formats.stored import read_safetensors
+from bioinstruct.model.formats.written import write_safetensors
 
 TINY = LlamaConfig(
     vocab_size=11,
@@ -465,7 +466,7 @@ def test_what_other_programs_look_for_is_written(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
     written = json.loads(files[1].read_text())
     assert written["torch_dtype"] == "bfloat16"
-    assert LlamaConfig.from_hf(written, "config.json") == TINY
+    assert config_from_hf(written, "config.json") == TINY
     assert all(t.dtype is torch.bfloat16 for t in load_file(files[0]).values())
 
 

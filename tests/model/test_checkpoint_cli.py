@@ -19,8 +19,9 @@ from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.checkpoint import SINGLE, open_checkpoint, save_checkpoint
 from bioinstruct.model.checkpoint_cli import command, training_bytes
 from bioinstruct.model.config import Llama3RopeScaling, LlamaConfig
-from bioinstruct.model.llama import Llama, merged_tensors, pack_documents, streamed_logits
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.merging import merged_tensors, streamed_logits
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
 FAMILIES = ("llama", "llama3", "wide_heads", "mistral", "qwen2", "qwen3")
 

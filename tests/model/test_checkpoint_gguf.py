@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.config import Llama3RopeScaling, LlamaConfig
-from bioinstruct.model.rotary_rows import unpermute_rows
+from bioinstruct.model.formats.rotary_rows import unpermute_rows
 
 gguf = pytest.importorskip("gguf", reason='needs the gguf package: pip install "bioinstruct[demo]"')
 F32, F16, BF16 = (getattr(gguf.GGMLQuantizationType, kind) for kind in ("F32", "F16", "BF16"))

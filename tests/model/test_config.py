@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bioinstruct.model.config import LinearRopeScaling, Llama3RopeScaling, LlamaConfig
+from bioinstruct.model.formats.config_json import config_from_hf, config_to_hf
+from bioinstruct.model.formats.gguf_config import config_from_gguf
 
 LLAMA2_7B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -66,7 +68,7 @@ SMOLLM2_GGUF: dict[str, Any] = {
 
 def from_gguf(**changes: Any) -> LlamaConfig:
     metadata = {k: v for k, v in (SMOLLM2_GGUF | changes).items() if v is not None}
-    return LlamaConfig.from_gguf(metadata, "m.gguf", tied_embeddings=True)
+    return config_from_gguf(metadata, "m.gguf", tied_embeddings=True)
 
 
 @st.composite
@@ -109,7 +111,7 @@ def configs(draw: st.DrawFn) -> LlamaConfig:
 
 def test_a_real_file_is_read(data: Path) -> None:
     path = data / "stories260K" / "config.json"
-    config = LlamaConfig.from_hf(json.loads(path.read_text()), str(path))
+    config = config_from_hf(json.loads(path.read_text()), str(path))
     assert config == LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -129,7 +131,7 @@ def test_a_real_file_is_read(data: Path) -> None:
 
 
 def test_absent_keys_are_hugging_faces_defaults() -> None:
-    config = LlamaConfig.from_hf(LLAMA2_7B, "config.json")
+    config = config_from_hf(LLAMA2_7B, "config.json")
     assert (config.num_kv_heads, config.head_dim, config.norm_eps) == (32, 128, 1e-6)
     assert (config.rope_base, config.rope_scaling, config.max_positions) == (10000.0, None, 2048)
     assert (config.tied_embeddings, config.bos_id, config.eos_ids) == (False, 1, (2,))
@@ -141,32 +143,32 @@ def test_absent_keys_are_hugging_faces_defaults() -> None:
     [(LLAMA2_7B, 6_738_415_616), (LLAMA31_8B, 8_030_261_248), (LLAMA32_1B, 1_235_814_400)],
 )
 def test_parameter_counts_are_the_published_ones(mapping: dict[str, Any], count: int) -> None:
-    assert LlamaConfig.from_hf(mapping, "config.json").parameter_count() == count
+    assert config_from_hf(mapping, "config.json").parameter_count() == count
 
 
 @given(configs())
 def test_written_and_read_again_is_the_same(config: LlamaConfig) -> None:
-    written = json.loads(json.dumps(config.to_hf()))
-    assert LlamaConfig.from_hf(written, "config.json") == config
+    written = json.loads(json.dumps(config_to_hf(config)))
+    assert config_from_hf(written, "config.json") == config
 
 
 @given(configs())
 def test_both_spellings_of_the_rotary_embedding_are_equal(config: LlamaConfig) -> None:
-    written = config.to_hf()
+    written = config_to_hf(config)
     old = {k: v for k, v in written.items() if k != "rope_parameters"}
     new = {k: v for k, v in written.items() if k not in ("rope_theta", "rope_scaling")}
-    assert LlamaConfig.from_hf(old, "old") == LlamaConfig.from_hf(new, "new") == config
+    assert config_from_hf(old, "old") == config_from_hf(new, "new") == config
 
 
 def test_the_oldest_spelling_says_type() -> None:
     mapping = LLAMA2_7B | {"rope_scaling": {"type": "linear", "factor": 4}}
-    scaling = LlamaConfig.from_hf(mapping, "config.json").rope_scaling
+    scaling = config_from_hf(mapping, "config.json").rope_scaling
     assert scaling == LinearRopeScaling(factor=4.0)
 
 
 def test_several_ends_and_no_start_are_kept() -> None:
     mapping = LLAMA2_7B | {"bos_token_id": None, "eos_token_id": [7, 5]}
-    config = LlamaConfig.from_hf(mapping, "config.json")
+    config = config_from_hf(mapping, "config.json")
     assert (config.bos_id, config.eos_ids) == (None, (7, 5))
 
 
@@ -245,7 +247,7 @@ def test_several_ends_and_no_start_are_kept() -> None:
 )
 def test_bad_files_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        LlamaConfig.from_hf(LLAMA2_7B | changes, "config.json")
+        config_from_hf(LLAMA2_7B | changes, "config.json")
     assert str(caught.value).startswith("config.json: ")
     assert "\n" not in str(caught.value)
 
@@ -253,7 +255,7 @@ def test_bad_files_are_refused(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("mapping", [[], "llama", None, 3])
 def test_other_json_is_refused(mapping: Any) -> None:
     with pytest.raises(ValueError, match="config.json: expected named settings"):
-        LlamaConfig.from_hf(mapping, "config.json")
+        config_from_hf(mapping, "config.json")
 
 
 # ---- rotary scaling ----------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def test_gguf_linear_scaling(changes: dict[str, Any], factor: float | None) -> N
 
 @pytest.mark.parametrize("mapping", [LLAMA31_8B, LLAMA32_1B])
 def test_gguf_divisors_tell_the_released_scaling(mapping: dict[str, Any]) -> None:
-    config = LlamaConfig.from_hf(mapping, "config.json")
+    config = config_from_hf(mapping, "config.json")
     assert config.rope_scaling is not None
     metadata = SMOLLM2_GGUF | {
         "llama.rope.freq_base": config.rope_base,
@@ -345,16 +347,16 @@ def test_gguf_divisors_tell_the_released_scaling(mapping: dict[str, Any]) -> Non
     }
     divisors = config.rope_scaling.divisors(config.head_dim, config.rope_base)
     rounded = [d * (1 + 1e-6) for d in divisors]
-    found = LlamaConfig.from_gguf(metadata, "m", tied_embeddings=True, rope_divisors=rounded)
+    found = config_from_gguf(metadata, "m", tied_embeddings=True, rope_divisors=rounded)
     assert found.rope_scaling == config.rope_scaling
     metadata["llama.rope.scaling.factor"] = 2.0
     with pytest.raises(ValueError, match="scales its rotary frequencies twice"):
-        LlamaConfig.from_gguf(metadata, "m", tied_embeddings=True, rope_divisors=rounded)
+        config_from_gguf(metadata, "m", tied_embeddings=True, rope_divisors=rounded)
 
 
 def test_gguf_divisors_of_one_change_nothing() -> None:
     ones = [1.0] * 32
-    config = LlamaConfig.from_gguf(SMOLLM2_GGUF, "m", tied_embeddings=True, rope_divisors=ones)
+    config = config_from_gguf(SMOLLM2_GGUF, "m", tied_embeddings=True, rope_divisors=ones)
     assert config.rope_scaling is None
 
 
@@ -363,7 +365,7 @@ def test_gguf_divisors_of_one_change_nothing() -> None:
 )
 def test_other_gguf_divisors_are_refused(divisors: list[float]) -> None:
     with pytest.raises(ValueError, match="m: its rope_freqs.weight is not that of Llama 3.1"):
-        LlamaConfig.from_gguf(SMOLLM2_GGUF, "m", tied_embeddings=True, rope_divisors=divisors)
+        config_from_gguf(SMOLLM2_GGUF, "m", tied_embeddings=True, rope_divisors=divisors)
 
 
 @pytest.mark.parametrize(

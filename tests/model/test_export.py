@@ -17,7 +17,8 @@ from torch import Tensor
 from bioinstruct.model import Llm, load
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.checkpoint import SINGLE, open_checkpoint, save_checkpoint
-from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
+from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.merging import merged_tensors
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.checkpoint_cli import command
 from bioinstruct.model.generate import generate
 from bioinstruct.model.llama import Llama, pack_documents
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parents[1] / "data"
 GOLDEN = HERE / "llama_cpp_golden"

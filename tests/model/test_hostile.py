@@ -15,13 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.model import gguf_tensors, load
+from bioinstruct.model import load
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.checkpoint import INDEX, SINGLE, open_checkpoint, save_checkpoint
 from bioinstruct.model.checkpoint_cli import command
+from bioinstruct.model.formats import gguf_tensors
 from bioinstruct.model.gguf_header import read_metadata
-from bioinstruct.model.llama import Llama, merged_tensors
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.llama import Llama
+from bioinstruct.model.merging import merged_tensors
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 WORDS = DATA / "tokenizers" / "stories260K_tok512.model"
@@ -180,7 +182,7 @@ def test_claims_without_end_cost_nothing(
 def test_a_pattern_that_searches_for_ever_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bioinstruct.model.lora_settings.PATIENCE_S", 0.05)
+    monkeypatch.setattr("bioinstruct.model.lora.settings.PATIENCE_S", 0.05)
     folder = copied(DATA / "peft_golden" / "seven", tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())
     endless = r"(?:\w|\.|[a-z])*" * 4 + r"\d"

@@ -18,7 +18,8 @@ from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.checkpoint import save_checkpoint
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.generate import generate
-from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
+from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.merging import merged_tensors
 
 
 @pytest.fixture(scope="module")

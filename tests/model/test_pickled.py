@@ -19,9 +19,10 @@ from torch import Tensor
 from bioinstruct.model import Llm, load
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
 from bioinstruct.model.checkpoint_cli import command
+from bioinstruct.model.formats.config_json import config_to_hf
+from bioinstruct.model.formats.pickled import read_pickled
+from bioinstruct.model.formats.pickled_writer import PickledFile
 from bioinstruct.model.llama import Llama
-from bioinstruct.model.pickled import read_pickled
-from bioinstruct.model.pickled_writer import PickledFile
 
 Q = "layers.3.attention.wq.weight"
 
@@ -312,7 +313,7 @@ def test_tensors_of_other_kinds_are_reported_where_they_are_wanted(
 
 
 def test_an_index_cannot_lead_out_of_its_folder(stories: Llm, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(stories.config.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(stories.config)))
     index = {"weight_map": {"w": "../secret.bin"}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="weight_map holds '../secret.bin'"):

@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 
 from bioinstruct.model.adapters import CONFIG, Adapters, LoraSettings
 from bioinstruct.model.checkpoint import open_checkpoint
-from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
-from bioinstruct.model.pissa import Factors, difference, principal, subtract
+from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.lora.pissa import Factors, difference, principal, subtract
+from bioinstruct.model.merging import merged_tensors
 
 PATTERNED = LoraSettings(
     r=4,

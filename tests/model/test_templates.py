@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.model.bpe_tokenizer import ByteBPE
 from bioinstruct.model.templates import (
     TEMPLATES,
     Control,
@@ -18,7 +17,8 @@ from bioinstruct.model.templates import (
     get_template,
     guess_template,
 )
-from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
+from bioinstruct.model.tokenizers.bpe_tokenizer import ByteBPE
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from bioinstruct.synth.records import Turn
 
 TOKENIZERS = Path(__file__).parent.parent / "data" / "tokenizers"

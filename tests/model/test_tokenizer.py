@@ -9,8 +9,8 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.model.bpe_files import LLAMA3
-from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
+from bioinstruct.model.tokenizers.bpe_files import LLAMA3
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZERS = Path(__file__).parent.parent / "data" / "tokenizers"
 SHIPPED = {

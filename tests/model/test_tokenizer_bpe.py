@@ -8,11 +8,11 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.model import bpe_tokenizer
-from bioinstruct.model.bpe_files import GPT2_DIGITS, ByteVocabulary, from_gguf
-from bioinstruct.model.bpe_tokenizer import ByteBPE
-from bioinstruct.model.byte_alphabet import byte_alphabet
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers import bpe_tokenizer
+from bioinstruct.model.tokenizers.bpe_files import GPT2_DIGITS, ByteVocabulary, from_gguf
+from bioinstruct.model.tokenizers.bpe_tokenizer import ByteBPE
+from bioinstruct.model.tokenizers.byte_alphabet import byte_alphabet
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
 SOURCE = Path("vocabulary")
 BASE = ByteVocabulary(

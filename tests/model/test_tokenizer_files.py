@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.model.bpe_files import from_json
 from bioinstruct.model.gguf_header import read_metadata
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.bpe_files import from_json
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
 TOKENIZERS = Path(__file__).parent.parent / "data" / "tokenizers"
 SENTENCEPIECE = (TOKENIZERS / "stories260K_tok512.model").read_bytes()

@@ -12,9 +12,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.model import tiktoken_file
-from bioinstruct.model.bpe_tokenizer import ByteBPE
-from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
+from bioinstruct.model.tokenizers import tiktoken_file
+from bioinstruct.model.tokenizers.bpe_tokenizer import ByteBPE
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent.parent / "data" / "tokenizers"
 STORIES = load_tokenizer(DATA / "stories260K_tok512.model")

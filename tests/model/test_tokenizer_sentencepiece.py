@@ -10,8 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.model.sentencepiece_tokenizer import Sentencepiece
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.sentencepiece_tokenizer import Sentencepiece
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parent.parent / "data"
 MODEL = DATA / "tokenizers" / "stories260K_tok512.model"

@@ -56,17 +56,15 @@ def seeds(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def options(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
-    """What every run of generate or batch on the local server is told."""
+def local(server: Any, seeds: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run on the local server, at a price and without a cap."""
     return {
         "out": tmp_path / "run",
-        "n": 100,
         "model": "local",
         "base_url": server.url,
         "seeds": seeds,
         "price_in": 1.0,
         "price_out": 2.0,
-        "batch_factor": 0.5,
         "budget": float("inf"),
-        "limits": Limits(concurrency=16, timeout_s=30),
+        "limits": Limits(concurrency=8, timeout_s=30),
     }

@@ -16,7 +16,6 @@ from bioinstruct.synth.batching import Batching
 from bioinstruct.synth.console import Stopped
 from bioinstruct.synth.generation import Result
 from bioinstruct.synth.money import PICO
-from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.report import status
 from bioinstruct.synth.totals import read_totals
 
@@ -27,8 +26,8 @@ QUICK = {"poll_s": 0.02}
 
 
 @pytest.fixture
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    return options | {"n": 200, "limits": Limits(concurrency=8, timeout_s=30)}
+def given(local: dict[str, Any]) -> dict[str, Any]:
+    return local | {"n": 200, "batch_factor": 0.5}
 
 
 @pytest.fixture

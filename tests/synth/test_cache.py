@@ -21,8 +21,8 @@ RAW = b'{"choices": [{"message": {"content": "a"}}], "usage": {}}'
 
 
 @pytest.fixture
-def options(options: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    return options | {"n": 150, "cache": tmp_path / "cache"}
+def options(local: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return local | {"n": 150, "batch_factor": 0.5, "cache": tmp_path / "cache"}
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bioinstruct.synth import console
 from bioinstruct.synth.cli import cli
 from bioinstruct.synth.filters import (
     KEYWORDS,
@@ -233,15 +231,9 @@ def test_settings_that_mean_nothing(rules: str, rouge: float, message: str) -> N
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handler stays
-
-    def call(*args: object) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as caught:
-            console.run(cli, ["filter", *map(str, args)])
-        return int(caught.value.code or 0), capsys.readouterr().err
-
-    return call
+def run(shell: Callable[..., tuple[int, str, str]]) -> Run:
+    """The command's exit code and messages."""
+    return lambda *args: shell(cli, "filter", *args)[::2]
 
 
 def rows(*instructions: str) -> list[dict[str, Any]]:

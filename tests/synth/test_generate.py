@@ -26,9 +26,10 @@ Make = Callable[..., Result]
 
 
 @pytest.fixture
-def make(options: dict[str, Any]) -> Make:
-    """Call generate with the usual options, unless told otherwise."""
-    return lambda **settings: generate(**options | settings)
+def make(local: dict[str, Any]) -> Make:
+    """Call generate with the local server, prices and a folder, unless told otherwise."""
+    given = local | {"n": 100, "limits": Limits(concurrency=16, timeout_s=30)}
+    return lambda **settings: generate(**given | settings)
 
 
 def command(server: Any, seeds: Path, out: Path, *more: object) -> list[str]:

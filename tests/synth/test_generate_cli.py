@@ -1,31 +1,23 @@
 """The commands that make records, as their user meets them; and the server that tests them."""
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bioinstruct.synth import console
 from bioinstruct.synth.cli import cli
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handler stays
-
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            console.run(cli, [str(a) for a in args])
-        return int(caught.value.code or 0), *capsys.readouterr()
-
-    return call
+def run(shell: Run) -> Run:
+    return partial(shell, cli)
 
 
 @pytest.fixture

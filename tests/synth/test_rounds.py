@@ -30,11 +30,11 @@ ROUNDS = {"rotate": 2, "quotas": "paper", "facets": "topic"}
 
 
 @pytest.fixture
-def options(options: dict[str, Any], server: Any) -> dict[str, Any]:
+def options(local: dict[str, Any], server: Any) -> dict[str, Any]:
     """Runs with the installed seeds, for nothing."""
     server.behaviour.tasks = 3
     free = {"price_in": 0.0, "price_out": 0.0, "budget": None}
-    return options | free | {"n": 400, "seeds": None, "max_tokens": 2000}
+    return local | free | {"n": 400, "seeds": None, "max_tokens": 2000}
 
 
 @pytest.fixture

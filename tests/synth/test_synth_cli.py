@@ -3,7 +3,6 @@
 import gzip
 import json
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from bioinstruct.synth import console
 from bioinstruct.synth.cli import cli
 from bioinstruct.synth.records import read_records
 
@@ -21,15 +19,9 @@ Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handler stays
-
-    def call(*args: object) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as caught:
-            console.run(cli, [str(a) for a in args])
-        return int(caught.value.code or 0), capsys.readouterr().err
-
-    return call
+def run(shell: Callable[..., tuple[int, str, str]]) -> Run:
+    """The command's exit code and messages."""
+    return lambda *args: shell(cli, *args)[::2]
 
 
 @pytest.fixture

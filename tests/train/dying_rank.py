@@ -6,7 +6,8 @@ HOW in the environment says what befalls rank 1: kill, stop (it stands still) or
 import os
 import signal
 
-from bioinstruct.train import main, trainer, watch
+from bioinstruct.train import main, trainer
+from bioinstruct.train.ranks import watch
 from bioinstruct.train.step import StepResult, train_step
 
 watch.SILENCE_S, watch.TROUBLED_SILENCE_S, watch.GRACE_S = 8.0, 3.0, 2.0

@@ -20,17 +20,17 @@ from bioinstruct.model.adapters import Adapters, LoraSettings
 from bioinstruct.model.checkpoint import open_checkpoint
 from bioinstruct.model.llama import Llama
 from bioinstruct.model.templates import get_template
-from bioinstruct.model.tokenizer import load_tokenizer
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 from bioinstruct.synth.records import read_records
-from bioinstruct.train.batch import collate
+from bioinstruct.train.data.batch import collate
+from bioinstruct.train.data.tokens import Limits, TokenSet, encode_records
 from bioinstruct.train.demo import resolve
-from bioinstruct.train.full import WholeWeights
-from bioinstruct.train.masters import LoraMasters, Masters
-from bioinstruct.train.planner import Planner
-from bioinstruct.train.ranks import Ranks, deal, joined, to_its_end
-from bioinstruct.train.sharding import ShardedWeights, sharded_model
+from bioinstruct.train.plan.planner import Planner
+from bioinstruct.train.ranks.process import Ranks, deal, joined, to_its_end
 from bioinstruct.train.step import Optimizer, train_step
-from bioinstruct.train.tokens import Limits, TokenSet, encode_records
+from bioinstruct.train.weights.full import WholeWeights
+from bioinstruct.train.weights.masters import LoraMasters, Masters
+from bioinstruct.train.weights.sharding import ShardedWeights, sharded_model
 
 DTYPES = torch.float32, torch.float64
 DATA = Path(__file__).parents[1] / "data"

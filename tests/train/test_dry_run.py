@@ -7,28 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioinstruct.model.tokenizer import Tokenizer
-from bioinstruct.train import hardware, main
-from bioinstruct.train.dry_run import dry_run
-from bioinstruct.train.memory import MARGIN, estimate, fewest_recomputed
-from bioinstruct.train.metrics import step_flops
-from bioinstruct.train.outlook import look
-from bioinstruct.train.policy import packs_of, worst_of
-from bioinstruct.train.prepare import prepare
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer
+from bioinstruct.train import main
+from bioinstruct.train.plan import hardware
+from bioinstruct.train.plan.dry_run import dry_run
+from bioinstruct.train.plan.memory import MARGIN, estimate, fewest_recomputed
+from bioinstruct.train.plan.outlook import look
+from bioinstruct.train.plan.policy import packs_of, worst_of
+from bioinstruct.train.plan.prepare import prepare
+from bioinstruct.train.plan.stand_in import ByteCount
+from bioinstruct.train.report.metrics import step_flops
 from bioinstruct.train.run import Run, read_run
 from bioinstruct.train.shapes import names, read_shape
-from bioinstruct.train.stand_in import ByteCount
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "train" / "recipes"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def planned(recipe: Path | None, *flags: str) -> Run:
     return read_run(recipe, flags)
 
 
-def small(data: Path, records: str, *flags: str) -> Run:
+def small_run(data: Path, records: str, *flags: str) -> Run:
     """A run on the small real model, which has weights and a tokenizer."""
     words = data / "tokenizers" / "stories260K_tok512.model"
     own = [f"model.path={data / 'stories260K'}", f"model.tokenizer={words}", records]
@@ -105,7 +102,7 @@ def test_a_recipe_plans_without_gpu_weights_or_tokenizer(
 def test_a_checkpoint_is_checked_without_reading_it(
     data: Path, records: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dry_run(small(data, records, "train.steps=4"))
+    dry_run(small_run(data, records, "train.steps=4"))
     printed = capsys.readouterr().out
     assert "all 47 tensors are there" in printed
     assert "not checked" not in printed
@@ -120,7 +117,7 @@ def test_a_checkpoint_is_checked_without_reading_it(
     config = json.loads((data / "stories260K" / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
     with pytest.raises(ValueError, match="9 missing|missing: .*layers.5"):
-        dry_run(small(data, records, f"model.path={broken}"))
+        dry_run(small_run(data, records, f"model.path={broken}"))
 
 
 def test_the_answer_is_marked_on_a_terminal(
@@ -129,7 +126,7 @@ def test_the_answer_is_marked_on_a_terminal(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = small(data, records)
+    run = small_run(data, records)
     outlook = look(run)
     number = outlook.data.planner.plan(0).packs[0][0]
     ids, prompt = outlook.data.tokens.sample(number)
@@ -160,7 +157,7 @@ def test_what_would_stop_a_run_stops_its_plan(
     flags: list[str], message: str, data: Path, records: str
 ) -> None:
     with pytest.raises((ValueError, OSError), match=message):
-        dry_run(small(data, records, *flags))
+        dry_run(small_run(data, records, *flags))
 
 
 def test_a_gpu_can_be_planned_for_where_none_is(data: Path, records: str) -> None:
@@ -169,8 +166,8 @@ def test_a_gpu_can_be_planned_for_where_none_is(data: Path, records: str) -> Non
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match="device = 'cuda' is not here to plan for; name a GPU in"):
-        look(small(data, records, "device=cuda"))
-    outlook = look(small(data, records, "device=cuda", "plan.hardware=H200-141GB"))
+        look(small_run(data, records, "device=cuda"))
+    outlook = look(small_run(data, records, "device=cuda", "plan.hardware=H200-141GB"))
     assert (outlook.setup.device, outlook.setup.backend) == ("cuda", "varlen")
     assert outlook.setup.dtype == torch.bfloat16
 
@@ -216,7 +213,7 @@ def test_part_filled_packs_come_with_what_would_fill_them(
 def test_layers_left_to_the_plan_are_the_fewest_that_fit(
     data: Path, records: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = small(data, records, "train.checkpoint_layers=auto")
+    run = small_run(data, records, "train.checkpoint_layers=auto")
     assert look(run).run.train.checkpoint_layers == 0
     prepared = prepare(run)
     assert prepared.run.train.checkpoint_layers == prepared.llm.model.recomputed_layers == 0
@@ -233,11 +230,43 @@ def test_layers_left_to_the_plan_are_the_fewest_that_fit(
         assert prepared.run.train.checkpoint_layers == layers
         assert prepared.llm.model.recomputed_layers == layers
     with pytest.raises(ValueError, match="'all' is unknown; allowed are auto"):
-        small(data, records, "train.checkpoint_layers=all")
+        small_run(data, records, "train.checkpoint_layers=all")
+
+
+def test_packs_at_once_left_to_the_plan_are_the_most_that_fit(
+    data: Path,
+    records: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def chosen(*flags: str) -> int | str:
+        return look(small_run(data, records, *flags)).run.train.packs_at_once
+
+    assert chosen() == 1  # the tests have one thread
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert chosen() == 3
+    assert chosen("train.batch_samples=1") == 1
+    assert chosen("train.method=full", "train.packs_at_once=2") == 1
+    assert "train.packs_at_once = 2 is for adapters on a CPU" in capsys.readouterr().err
+    assert chosen("device=cuda", "plan.hardware=H100-80GB") == 1
+    dry_run(small_run(data, records))
+    assert "0 of 5 layers recomputed and 3 packs side by side; fits" in capsys.readouterr().out
+    prepared = prepare(small_run(data, records))
+    assert prepared.run.train.packs_at_once == 3
+    setup, worst = look(small_run(data, records)).setup, worst_of(packs_of(prepared.planner))
+    peaks = [estimate(dataclasses.replace(setup, packs_at_once=n), worst).peak for n in range(1, 4)]
+    for most, peak in enumerate(peaks, 1):
+        here = dataclasses.replace(
+            hardware.find("auto", "cpu"), memory_bytes=int(peak / (1 - MARGIN)) + 1
+        )
+        monkeypatch.setattr(hardware, "find", lambda name, device, here=here: here)
+        assert chosen() == most
+    with pytest.raises(ValueError, match=r"train.packs_at_once = 0 must be greater than 0"):
+        small_run(data, records, "train.packs_at_once=0")
 
 
 def test_flops_and_time_are_those_of_the_stated_convention(data: Path, records: str) -> None:
-    run = small(data, records, "plan.hardware=H100-80GB", "train.epochs=2")
+    run = small_run(data, records, "plan.hardware=H100-80GB", "train.epochs=2")
     outlook = look(run)
     tokens = outlook.data.tokens
     planner = outlook.data.planner

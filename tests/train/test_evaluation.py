@@ -9,24 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bioinstruct.train import evaluation, tensorboard_log
-from bioinstruct.train.batch import collate
+from bioinstruct.train import evaluation
+from bioinstruct.train.data.batch import collate
 from bioinstruct.train.evaluation import validation_losses
 from bioinstruct.train.loop import train
-from bioinstruct.train.prepare import prepare
-from bioinstruct.train.profiling import read_steps
+from bioinstruct.train.plan.prepare import prepare
+from bioinstruct.train.report import tensorboard_log
+from bioinstruct.train.report.profiling import check_reached, read_steps
+from bioinstruct.train.resume.standing import Standing
 from bioinstruct.train.run import Run, read_run
-from bioinstruct.train.standing import Standing
 from bioinstruct.train.step import summed_loss
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
-def run(data: Path, tmp_path: Path) -> Callable[..., Run]:
+def run(data: Path, small: dict[str, str], tmp_path: Path) -> Callable[..., Run]:
     """Settings of a run on real records of two files and three categories."""
     records = json.loads((data / "bioinstruct_real_sample_32.json").read_text())
     short = [r for r in records if len(r["instruction"] + r["input"] + r["output"]) < 560]
@@ -38,13 +34,9 @@ def run(data: Path, tmp_path: Path) -> Callable[..., Run]:
     (tmp_path / "held.jsonl").write_text((tmp_path / "two.jsonl").read_text())
 
     def read(**changes: object) -> Run:
-        settings = {
-            "model.path": data / "stories260K",
-            "model.tokenizer": data / "tokenizers" / "stories260K_tok512.model",
-            "model.dtype": "float32",
-            "device": "cpu",
+        settings = small | {
             "data.path": f'["{tmp_path}/one.jsonl", "{tmp_path}/two.jsonl"]',
-            "data.max_tokens_per_pack": 512,
+            "data.on_overlong": "error",
             "data.validation": 0.5,
             "train.steps": 6,
             "train.batch_samples": 2,
@@ -156,6 +148,8 @@ def test_tasks_are_scored_while_training_and_say_what_is_best(
     assert all(torch.equal(best[key], last[key]) for key in last)
     results = json.loads((out / "eval-after" / "results.json").read_text())
     assert results["rows"][0]["system"] == "after tuning"
+    assert results["rows"][0]["adapter"] == str(out / "adapter-best")
+    assert "what was scored: `adapter-best/`" in (out / "report.md").read_text()
 
 
 def test_scores_from_before_an_interruption_are_not_made_again(
@@ -169,11 +163,11 @@ def test_scores_from_before_an_interruption_are_not_made_again(
 
     real, stages = loop.score_tasks, []
 
-    def score(*arguments: Any) -> Any:
+    def score(*arguments: Any, outcome: Path | None) -> Any:
         stages.append(arguments[-1])
         if stages == ["before", "after"]:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, outcome=outcome)
 
     monkeypatch.setattr(loop, "score_tasks", score)
     with pytest.raises(Exception, match="stopped after step 1 of 1.*--resume"):
@@ -240,6 +234,14 @@ def test_a_trace_of_steps_opens_as_json(run: Callable[..., Run]) -> None:
     assert "aten::mm" in names
     steps = [event for event in trace["traceEvents"] if event.get("name") == "step"]
     assert len(steps) == 2
+
+
+@pytest.mark.parametrize(("steps", "taken"), [((5, 9), 0), ((2, 3), 2)])
+def test_a_trace_of_steps_that_are_not_taken_is_refused(steps: tuple[int, int], taken: int) -> None:
+    sentence = f"--profile {steps[0]}:{steps[1]} would trace nothing: .* steps {taken + 1} to 4"
+    with pytest.raises(ValueError, match=sentence):
+        check_reached(steps, taken, 4)
+    check_reached((3, 9), 2, 4)
 
 
 @pytest.mark.parametrize("text", ["", "3", "3:", "a:b", "0:2", "4:3", "1:2:3", "-1:2"])

@@ -1,6 +1,7 @@
 """Full fine-tuning on one rank: gradients of all weights, masters, decay, files, resuming."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,14 @@ from bioinstruct.kernels import linear_cross_entropy
 from bioinstruct.kernels.cross_entropy import linear_cross_entropy_reference
 from bioinstruct.model import Llm, load
 from bioinstruct.model.llama import Llama
-from bioinstruct.train import base
-from bioinstruct.train.batch import Batch, collate, empty_batch
-from bioinstruct.train.full import WholeWeights, decays
+from bioinstruct.train.data.batch import Batch, collate, empty_batch
+from bioinstruct.train.data.tokens import TokenSet
 from bioinstruct.train.main import command
-from bioinstruct.train.ranks import ALONE, Ranks
+from bioinstruct.train.ranks.process import ALONE, Ranks
 from bioinstruct.train.run import Run, TrainSettings, read_run
 from bioinstruct.train.step import Optimizer, add_gradient, summed_loss, train_step
-from bioinstruct.train.tokens import TokenSet
+from bioinstruct.train.weights import base
+from bioinstruct.train.weights.full import WholeWeights, decays
 
 LENGTHS = (23, 8, 40)
 
@@ -141,16 +142,8 @@ def test_matrices_decay_and_gains_do_not(stories: Llm) -> None:
 
 
 @pytest.fixture
-def settings(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-    return {
-        "model.path": str(data / "stories260K"),
-        "model.tokenizer": str(data / "tokenizers" / "stories260K_tok512.model"),
-        "model.dtype": "float32",
-        "device": "cpu",
-        "data.path": str(data / "bioinstruct_real_sample_32.json"),
-        "data.on_overlong": "drop",
-        "data.max_tokens_per_pack": "512",
+def settings(small: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    return small | {
         "train.method": "full",
         "train.batch_samples": "8",
         "train.lr": "1e-3",
@@ -197,6 +190,29 @@ def test_a_resumed_run_ends_bitwise_equal(settings: dict[str, str], tmp_path: Pa
     assert losses(tmp_path / "half") == losses(tmp_path / "out")
     files = [tmp_path / name / "model" / "model.safetensors" for name in ("half", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_the_report_names_the_model_that_was_scored(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    corpus, out = tmp_path / "small.tsv", tmp_path / "out"
+    corpus.write_text("Ataxia\tB-Disease\nis\tO\nrare\tO\n\nNo\tO\ndisease\tO\n\n")
+    call(settings | {"eval.tasks": f'["ncbi-disease={corpus}"]', "train.steps": "1"})
+    report = (out / "report.md").read_text()
+    assert "trained: all weights" in report and "what was scored: `model/`" in report
+    row = json.loads((out / "eval-after" / "results.json").read_text())["rows"][0]
+    assert (row["model"], row["adapter"]) == (str(out / "model"), None)
+
+
+def test_a_configuration_that_asks_for_too_much_is_refused_before_memory_is(
+    settings: dict[str, str], tmp_path: Path, data: Path
+) -> None:
+    shutil.copytree(data / "stories260K", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 1 << 30}))
+    with pytest.raises(ValueError, match="wrong shape: .*mlp.gate_proj.weight is"):
+        call(settings | {"model.path": str(tmp_path / "model")})
 
 
 def test_lora_settings_without_effect_are_refused() -> None:

@@ -24,22 +24,10 @@ ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "train" / "main.py"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
-def settings(data: Path, tmp_path: Path) -> dict[str, str]:
-    """A run on a real small model and real records, as --set flags."""
-    return {
-        "model.path": str(data / "stories260K"),
-        "model.tokenizer": str(data / "tokenizers" / "stories260K_tok512.model"),
-        "model.dtype": "float32",
-        "device": "cpu",
-        "data.path": str(data / "bioinstruct_real_sample_32.json"),
+def settings(small: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    return small | {
         "data.on_overlong": "truncate",
-        "data.max_tokens_per_pack": "512",
         "data.validation": "0.1",
         "train.steps": "4",
         "train.batch_samples": "4",
@@ -208,6 +196,19 @@ def test_tasks_are_scored_before_and_after(
     call(settings | other, "--set", f"eval.tasks={tasks}")
     samples = "eval-before/samples_ncbi-disease.jsonl"
     assert (tmp_path / "pissa" / samples).read_text() == (tmp_path / "out" / samples).read_text()
+
+
+def test_an_interruption_before_the_first_state_says_so(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bioinstruct.train.loop.score_tasks", interrupted)
+    corpus = tmp_path / "small.tsv"
+    corpus.write_text("Ataxia\tB-Disease\nis\tO\n\n")
+    with pytest.raises(Stopped, match="after step 0 of 4; no state was saved yet; continue with"):
+        call(settings | {"eval.tasks": f'["ncbi-disease={corpus}"]'})
 
 
 def bad_json(data: Path, tmp: Path) -> dict[str, str]:

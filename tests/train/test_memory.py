@@ -13,9 +13,8 @@ from bioinstruct.benches.workload import SHAPES, make_batches, random_documents
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Llama
-from bioinstruct.model.lora_settings import LoraSettings
-from bioinstruct.train.full import WholeWeights
-from bioinstruct.train.memory import (
+from bioinstruct.model.lora.settings import LoraSettings
+from bioinstruct.train.plan.memory import (
     Pack,
     Setup,
     adapter_count,
@@ -28,8 +27,9 @@ from bioinstruct.train.memory import (
     most,
     pass_bytes,
 )
+from bioinstruct.train.plan.tally import Tally
 from bioinstruct.train.step import Optimizer, train_step
-from bioinstruct.train.tally import Tally
+from bioinstruct.train.weights.full import WholeWeights
 
 SMALL = dataclasses.replace(
     SHAPES["tiny"],

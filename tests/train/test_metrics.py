@@ -9,16 +9,30 @@ import pytest
 import torch
 
 from bioinstruct.model import Llm
-from bioinstruct.train.metrics import MetricsLog, loss_svg, mfu, peak_memory_bytes, step_flops
+from bioinstruct.model.formats.config_json import config_from_hf
+from bioinstruct.train.report.metrics import (
+    MetricsLog,
+    loss_svg,
+    mfu,
+    peak_memory_bytes,
+    step_flops,
+)
 
 
 def test_rows_are_valid_json_also_when_a_loss_is_not(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write({"step": 1, "loss": math.nan, "lr": 0.5})
     log.write({"step": 2, "loss": 1.0})
+    log.write({"step": 2, "val_loss_by_source": {"a": math.inf, "b": 2.0}})
+    log.write({"step": 3, "event": "spike", "records": [{"record": "f:1", "loss": math.nan}]})
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 1, "loss": None, "lr": 0.5}, {"step": 2, "loss": 1.0}]
+    assert rows == [
+        {"step": 1, "loss": None, "lr": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "val_loss_by_source": {"a": None, "b": 2.0}},
+        {"step": 3, "event": "spike", "records": [{"record": "f:1", "loss": None}]},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -42,9 +56,8 @@ def test_the_curve_is_valid_svg_within_its_frame(rows: list[dict[str, float]]) -
 
 def test_flops_of_llama_2_7b_match_the_convention() -> None:
     """4N a token: 6.476e9 linear weights and a head of 131e6, at 4,096 tokens with attention."""
-    from bioinstruct.model.config import LlamaConfig
 
-    config = LlamaConfig.from_hf(
+    config = config_from_hf(
         {
             "model_type": "llama",
             "vocab_size": 32000,

@@ -13,19 +13,18 @@ from hypothesis import strategies as st
 
 from bioinstruct.model import Llm
 from bioinstruct.model.templates import get_template
-from bioinstruct.train.mixture import Mixture, Records, drawn, load_mixture, subset, weighted
-from bioinstruct.train.planner import Planner
+from bioinstruct.train.data.mixture import Mixture, Records, drawn, load_mixture, subset, weighted
+from bioinstruct.train.data.tokens import Limits
+from bioinstruct.train.plan.planner import Planner
 from bioinstruct.train.run import DataSettings, MixFile, Run, TrainSettings
-from bioinstruct.train.tokens import Limits
 
 KINDS = "QA", "IE"
 LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def files(tmp_path: Path) -> list[str]:
     """Two files of Alpaca records with categories and one of conversations."""
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
     for name, count in (("a", 20), ("b", 10)):
         rows = [
             {

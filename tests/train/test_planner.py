@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioinstruct.train.planner import Planner, learning_rate, pack_samples
+from bioinstruct.train.plan.planner import Planner, evened, learning_rate, pack_samples
 
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 batches = st.one_of(
@@ -116,6 +116,37 @@ def test_wrong_arguments(arguments: dict[str, object], sentence: str) -> None:
     given_ = {"max_tokens": 50, "batch_samples": 2, **arguments}
     with pytest.raises(ValueError, match=sentence):
         Planner(supervised=given_["lengths"], **given_)  # type: ignore[arg-type]
+
+
+@given(lengths=lengths_lists, room=st.integers(50, 100), number=st.integers(1, 5))
+def test_evened_packs_hold_the_same_samples_in_threads_of_like_cost(
+    lengths: list[int], room: int, number: int
+) -> None:
+    packs = pack_samples(lengths, room)
+    costs = {i: float(n) for i, n in enumerate(lengths)}
+    found = evened(packs, number, costs, np.array(lengths), room)
+    assert sorted(i for pack in found for i in pack) == list(range(len(lengths)))
+    assert all(pack and sum(lengths[i] for i in pack) <= room for pack in found)
+    if found != packs:
+        assert len(found) == number * -(-len(packs) // number)
+        assert found == evened(packs, number, costs, np.array(lengths), room)
+    spent = sorted(sum(lengths[i] for i in pack) for pack in found)
+    if len(found) == number > 1 and found != packs:
+        # the last sample of the dearest pack went where least was spent, if there was room
+        dearest = max(found, key=lambda pack: sum(lengths[i] for i in pack))
+        if spent[0] + min(lengths[i] for i in dearest) <= room:
+            assert spent[-1] - spent[0] <= max(lengths)
+
+
+def test_a_step_of_one_pack_is_split_over_threads() -> None:
+    lengths = np.array([7, 3, 5, 5, 1, 3])
+    costs = {i: float(n) for i, n in enumerate(lengths)}
+    found = evened([[0, 1, 2, 3, 4, 5]], 2, costs, lengths, 50)
+    assert sorted(int(lengths[pack].sum()) for pack in found) == [11, 13]
+    assert evened([[0]], 2, costs, lengths, 50) == [[0]]  # one record cannot be split
+    assert evened([], 2, costs, lengths, 50) == []
+    full = [[0, 1], [2, 3]]  # no room but for these
+    assert evened(full, 2, costs, lengths, 10) == full
 
 
 def test_number_of_steps() -> None:

@@ -16,10 +16,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from bioinstruct.train.main import command
-from bioinstruct.train.ranks import ALONE
+from bioinstruct.train.ranks.process import ALONE
 
 HERE = Path(__file__).parent
-DATA = HERE.parent / "data"
 Found = dict[str, dict[str, Any]]
 
 
@@ -102,19 +101,12 @@ def test_more_ranks_train_like_one(job: ModuleType, alone: Found, tmp_path: Path
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> list[str]:
-    values = {
-        "model.path": DATA / "stories260K",
-        "model.tokenizer": DATA / "tokenizers" / "stories260K_tok512.model",
-        "model.dtype": "float32",
-        "device": "cpu",
-        "data.path": DATA / "bioinstruct_real_sample_32.json",
-        "data.on_overlong": "drop",
-        "data.max_tokens_per_pack": 512,
-        "train.batch_samples": 4,
-        "train.steps": 6,
-        "train.samples": 0,
-        "out": tmp_path / "out",
+def settings(small: dict[str, str], tmp_path: Path) -> list[str]:
+    values = small | {
+        "train.batch_samples": "4",
+        "train.steps": "6",
+        "train.samples": "0",
+        "out": str(tmp_path / "out"),
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
@@ -128,10 +120,9 @@ def losses_and_weights(out: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_run_of_sharded_weights_is_resumed_by_one_process(
-    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: list[str], tmp_path: Path
 ) -> None:
     """Two ranks with half the weights each write a state; one process takes it up."""
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
     more = ["train.method=full", "train.lr=3e-4", "train.save_every=3", "train.keep=9"]
     settings += [part for setting in more for part in ("--set", setting)]
     main = str(HERE.parents[1] / "train" / "main.py")
@@ -162,8 +153,7 @@ def test_a_run_of_sharded_weights_is_resumed_by_one_process(
 def test_a_lost_rank_ends_the_job_and_is_named(
     how: str, sentence: str, settings: list[str], tmp_path: Path
 ) -> None:
-    cache = str(tmp_path / "cache")
-    process = torchrun("dying_rank.py", *settings, ranks=2, HOW=how, BIOINSTRUCT_CACHE=cache)
+    process = torchrun("dying_rank.py", *settings, ranks=2, HOW=how)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 1
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]

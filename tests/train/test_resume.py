@@ -15,37 +15,32 @@ import pytest
 from safetensors.torch import load_file
 
 from bioinstruct.synth.console import Stopped
-from bioinstruct.train import folder, trainer
-from bioinstruct.train.fingerprint import MAY_CHANGE, differences, model_checksum
+from bioinstruct.train import trainer
 from bioinstruct.train.main import command
+from bioinstruct.train.resume import folder
+from bioinstruct.train.resume.fingerprint import MAY_CHANGE, differences, model_checksum
+from bioinstruct.train.resume.state import steps_of
 from bioinstruct.train.run import keys
-from bioinstruct.train.state import steps_of
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "train" / "main.py"
 TIMED = ("tokens_per_s", "peak_memory_bytes", "mfu")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True)  # one for all tests: their runs have the same samples
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path_factory.getbasetemp() / "resume-cache"
     monkeypatch.setenv("BIOINSTRUCT_CACHE", str(cache))
 
 
 @pytest.fixture
-def settings(data: Path) -> dict[str, str]:
-    """A run of 20 steps on a real small model and real records, with all that has a state."""
-    return {
-        "model.path": str(data / "stories260K"),
-        "model.tokenizer": str(data / "tokenizers" / "stories260K_tok512.model"),
-        "model.dtype": "float32",
-        "device": "cpu",
-        "data.path": str(data / "bioinstruct_real_sample_32.json"),
-        "data.on_overlong": "drop",
-        "data.max_tokens_per_pack": "512",
+def settings(small: dict[str, str]) -> dict[str, str]:
+    """A run of 20 steps with all that has a state."""
+    return small | {
         "data.validation": "0.2",
         "train.steps": "20",
         "train.batch_samples": "2",
+        "train.packs_at_once": "2",
         "train.lr": "1e-3",
         "train.warmup_steps": "3",
         "train.ema": "0.9",

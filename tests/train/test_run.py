@@ -34,6 +34,7 @@ def test_flags_beat_the_recipe_and_the_recipe_beats_defaults(tmp_path: Path) -> 
         ("train.steps=0", "train.steps = 0 must be greater than 0"),
         ("train.lr=-1", "train.lr = -1.0 must be greater than 0"),
         ("train.lr=nan", "train.lr = nan must be greater than 0"),
+        ("train.epochs=inf", "train.epochs = inf must be greater than 0, and finite"),
         ("train.seed=-1", "train.seed = -1 must be 0 or more"),
         ("train.schedule=cosin", "did you mean cosine"),
         ("train.method=ful", "did you mean full"),

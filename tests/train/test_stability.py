@@ -16,33 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bioinstruct.kernels import linear_cross_entropy
-from bioinstruct.train import room, step
-from bioinstruct.train.batch import collate
+from bioinstruct.train import step
 from bioinstruct.train.culprits import halved
-from bioinstruct.train.prepare import Prepared, prepare
-from bioinstruct.train.room import halve, try_worst_pack, worst_pack
+from bioinstruct.train.data.batch import collate
+from bioinstruct.train.plan import room
+from bioinstruct.train.plan.prepare import Prepared, prepare
+from bioinstruct.train.plan.room import halve, try_worst_pack, worst_pack
+from bioinstruct.train.resume.standing import ENOUGH, WINDOW, Standing, robust_score
 from bioinstruct.train.run import Run, read_run
-from bioinstruct.train.standing import ENOUGH, WINDOW, Standing, robust_score
 from bioinstruct.train.trainer import Trainer
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
-def run(data: Path) -> Callable[..., Run]:
-    """Settings of a run on a real small model and real records."""
-
+def run(small: dict[str, str]) -> Callable[..., Run]:
     def read(**changes: object) -> Run:
-        settings = {
-            "model.path": data / "stories260K",
-            "model.tokenizer": data / "tokenizers" / "stories260K_tok512.model",
-            "model.dtype": "float32",
-            "device": "cpu",
-            "data.path": data / "bioinstruct_real_sample_32.json",
-            "data.on_overlong": "drop",
+        settings = small | {
             "data.max_tokens_per_pack": 1024,
             "train.steps": 6,
             "train.batch_samples": 3,

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bioinstruct.train import state
-from bioinstruct.train.state import (
+from bioinstruct.train.resume import state
+from bioinstruct.train.resume.state import (
     Keep,
     Piece,
     Saver,

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bioinstruct.model import Llm
 from bioinstruct.model.adapters import TARGETS, Adapters, LoraSettings
 from bioinstruct.model.llama import Llama
-from bioinstruct.train.batch import collate
+from bioinstruct.train.data.batch import collate
+from bioinstruct.train.data.tokens import TokenSet
 from bioinstruct.train.step import Optimizer, add_gradient, summed_loss, train_step
-from bioinstruct.train.tokens import TokenSet
 
 LENGTHS = (23, 8, 40, 5, 17, 31, 9)
 

@@ -13,16 +13,15 @@ import pytest
 
 from bioinstruct.model import Llm
 from bioinstruct.model.templates import get_template
-from bioinstruct.train import token_cache
-from bioinstruct.train.token_cache import load_tokens
-from bioinstruct.train.tokens import Limits, TokenSet
+from bioinstruct.train.data import token_cache
+from bioinstruct.train.data.token_cache import load_tokens
+from bioinstruct.train.data.tokens import Limits, TokenSet
 
 LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
 
 @pytest.fixture
-def records_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
+def records_file(tmp_path: Path) -> Path:
     path = tmp_path / "records.jsonl"
     rows = [
         {"instruction": f"Say {i}", "input": "", "output": f"word {i}", "category": "ab"[i % 2]}
@@ -34,7 +33,7 @@ def records_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(stories: Llm, path: Path, name: str = "bioinstruct", limits: Limits = LIMITS) -> TokenSet:
     template = get_template(name, stories.tokenizer)
-    return load_tokens([path], template, stories.tokenizer, limits)
+    return load_tokens(path, template, stories.tokenizer, limits)
 
 
 def entries(tmp_path: Path) -> list[Path]:
@@ -103,9 +102,9 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from bioinstruct.model.templates import get_template
-from bioinstruct.model.tokenizer import load_tokenizer
-from bioinstruct.train import token_cache
-from bioinstruct.train.tokens import Limits
+from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
+from bioinstruct.train.data import token_cache
+from bioinstruct.train.data.tokens import Limits
 
 slow, path, words = float(sys.argv[1]), Path(sys.argv[2]), load_tokenizer(Path(sys.argv[3]))
 inner, store = token_cache.encode_all, token_cache._flush
@@ -121,7 +120,7 @@ def flush(file):
 
 token_cache.encode_all, token_cache._flush = encode, flush
 found = token_cache.load_tokens(
-    [path], get_template("bioinstruct", words), words, Limits(400, "error", "error")
+    path, get_template("bioinstruct", words), words, Limits(400, "error", "error")
 )
 print(len(found), int(found.arrays[0].sum()), flush=True)
 """

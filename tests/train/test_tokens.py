@@ -7,7 +7,7 @@ import pytest
 from bioinstruct.model import Llm
 from bioinstruct.model.templates import TEMPLATES, get_template
 from bioinstruct.synth.records import Record, Turn
-from bioinstruct.train.tokens import Limits, TokenSet, encode_records
+from bioinstruct.train.data.tokens import Limits, TokenSet, encode_records
 
 LIMITS = Limits(max_tokens=400, on_empty="error", on_overlong="error")
 
@@ -36,7 +36,7 @@ def test_the_supervised_part_is_the_answer_and_its_stop_token(stories: Llm) -> N
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"llama-3", "mistral"}))
 def test_last_supervised_token_is_the_stop_token(name: str, smollm2: Path) -> None:
-    from bioinstruct.model.tokenizer import load_tokenizer
+    from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2)
     template = get_template(name, tokenizer)
@@ -97,12 +97,14 @@ def test_many_bad_records_are_counted_and_some_shown(stories: Llm) -> None:
 
 
 def test_nothing_left(stories: Llm) -> None:
-    with pytest.raises(ValueError, match="no record is left"):
+    with pytest.raises(
+        ValueError, match="no record is left: 1 records with an empty output: f.*dropped"
+    ):
         encode(stories, record("a", "", ""), limits=Limits(400, "drop", "error"))
 
 
 def test_lacking_bytes_are_reported(smollm2: Path) -> None:
-    from bioinstruct.model.tokenizer import load_tokenizer
+    from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2)
     template = get_template("chatml", tokenizer)
@@ -167,7 +169,7 @@ CHAT = Record(
 
 
 def test_every_answer_of_a_conversation_is_learned_once(smollm2: Path) -> None:
-    from bioinstruct.model.tokenizer import load_tokenizer
+    from bioinstruct.model.tokenizers.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2)
     template = get_template("chatml", tokenizer)

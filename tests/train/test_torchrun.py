@@ -19,26 +19,18 @@ MAIN = ROOT / "train" / "main.py"
 
 
 @pytest.fixture
-def settings(data: Path, tmp_path: Path) -> list[str]:
-    values = {
-        "model.path": data / "stories260K",
-        "model.tokenizer": data / "tokenizers" / "stories260K_tok512.model",
-        "model.dtype": "float32",
-        "device": "cpu",
-        "data.path": data / "bioinstruct_real_sample_32.json",
-        "data.on_overlong": "drop",
-        "data.max_tokens_per_pack": 512,
-        "train.steps": 12,
-        "train.batch_samples": 3,
-        "train.samples": 0,
-        "lora.r": 2,
+def settings(small: dict[str, str]) -> list[str]:
+    values = small | {
+        "train.steps": "12",
+        "train.batch_samples": "3",
+        "train.samples": "0",
+        "lora.r": "2",
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIOINSTRUCT_CACHE", str(tmp_path / "cache"))
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is documented
 
-from bioinstruct.train import watch
-from bioinstruct.train.watch import Watch
+from bioinstruct.train.ranks import watch
+from bioinstruct.train.ranks.watch import Watch
 
 
 @pytest.fixture

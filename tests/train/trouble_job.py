@@ -16,8 +16,8 @@ from torch import Tensor
 from bioinstruct.kernels import linear_cross_entropy
 from bioinstruct.synth import console
 from bioinstruct.train import step
-from bioinstruct.train.prepare import Prepared, prepare
-from bioinstruct.train.ranks import Ranks, joined, to_its_end
+from bioinstruct.train.plan.prepare import Prepared, prepare
+from bioinstruct.train.ranks.process import Ranks, joined, to_its_end
 from bioinstruct.train.run import read_run
 from bioinstruct.train.trainer import Trainer
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.formats.config_json import config_from_hf
 
 FOLDER = Path(__file__).parent
 
@@ -34,4 +35,4 @@ def read_shape(name: str) -> LlamaConfig:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} must hold a JSON object, the config.json of a model")
-    return LlamaConfig.from_hf(mapping, str(path))
+    return config_from_hf(mapping, str(path))

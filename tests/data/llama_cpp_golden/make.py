@@ -41,13 +41,14 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels import lora_linear
-from bioinstruct.model.bpe_files import GPT2, QWEN2
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
 from bioinstruct.model.checkpoint_cli import command
-from bioinstruct.model.config import LlamaConfig
+from bioinstruct.model.formats.config_json import config_from_hf
 from bioinstruct.model.generate import generate
-from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
-from bioinstruct.model.tokenizer import Tokenizer, load_tokenizer
+from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.merging import merged_tensors
+from bioinstruct.model.tokenizers.bpe_files import GPT2, QWEN2
+from bioinstruct.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 HERE = Path(__file__).parent
 DATA = HERE.parent
@@ -240,7 +241,7 @@ def random_model(words: Tokenizer, folder: Path) -> Path:
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     more = {"num_attention_heads": 1, "tie_word_embeddings": True, "model_type": "llama"}
     given = shape | more | {"vocab_size": words.vocab_size}
-    model = Llama(LlamaConfig.from_hf(given, "a model of one layer"))
+    model = Llama(config_from_hf(given, "a model of one layer"))
     model.randomise(0)
     save_checkpoint(folder, model.config, merged_tensors(model, None))
     return folder

@@ -43,7 +43,8 @@ from torch.nn.functional import cross_entropy
 from bioinstruct.model import load
 from bioinstruct.model.adapters import CONFIG, Adapters, LoraSettings
 from bioinstruct.model.checkpoint import open_checkpoint, save_checkpoint
-from bioinstruct.model.llama import Llama, merged_tensors, pack_documents
+from bioinstruct.model.llama import Llama, pack_documents
+from bioinstruct.model.merging import merged_tensors
 
 HERE = Path(__file__).parent
 BASE = HERE.parent / "stories260K"

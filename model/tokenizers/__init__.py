@@ -1,0 +1,1 @@
+"""Text <-> token ids, whatever files a tokenizer comes in; tokenizer.py finds a model's own."""
