@@ -169,6 +169,12 @@ def batch_run(module: ModuleType, records: int) -> dict[str, Any]:
         return made | {"batches": len(server.batches)}
 
 
+def answers_in(folder: Path) -> int:
+    """Return how many answers a run's journal holds, while it is written."""
+    path = folder / NAME
+    return path.read_bytes().count(b'{"type":"answer"') if path.exists() else 0
+
+
 def killed_run(module: ModuleType, records: int, kills: int) -> dict[str, Any]:
     """Kill a run again and again, spread over its answers, then carry it to its end.
 
@@ -188,15 +194,15 @@ def killed_run(module: ModuleType, records: int, kills: int) -> dict[str, Any]:
         args += ["--base-url", server.url, "--price-in", PRICES[0], "--price-out", PRICES[1]]
         args += ["--budget", "none", "--concurrency", 8]
         command = [sys.executable, "-m", "bioinstruct.synth.cli", *map(str, args)]
-        before = 0
+        received: list[int] = []
         for kill in range(1, kills + 1):
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-                while len(server.seen) < kill * made.requests // (kills + 1):
+                while answers_in(out["killed"]) < kill * made.requests // (kills + 1):
                     time.sleep(0.001)
                 process.kill()
             totals = read_totals(out["killed"] / NAME)
-            lost += totals.received < before
-            before = totals.received
+            lost += totals.received < max(received, default=0)
+            received.append(totals.received)
             flights.append(len(totals.open) - sum(flights))
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         totals, bought = read_totals(out["killed"] / NAME), server.bought()
@@ -209,6 +215,7 @@ def killed_run(module: ModuleType, records: int, kills: int) -> dict[str, Any]:
         return {
             "kills": kills,
             "requests": made.requests,
+            "received_at_kills": received,
             "in_flight_at_kills": flights,
             "bought_again": again,
             "answers_lost": lost,

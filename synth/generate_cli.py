@@ -125,7 +125,11 @@ def _run(command: Command) -> Command:
         ),
         click.option("--tpm", type=float, help="Tokens a minute, likewise."),
         click.option(
-            "--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds an answer."
+            "--timeout",
+            "timeout_s",
+            default=600.0,
+            show_default=True,
+            help="Seconds a connection may take, and then an answer.",
         ),
         click.option(
             "--max-failures", default=10, show_default=True, help="In a row, to give up after."
