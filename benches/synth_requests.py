@@ -2,8 +2,9 @@
 
 Each client runs in a process of its own and asks the same questions, with as many in flight; what
 is counted is the process's user and system time between the first request and the last answer,
-divided by the requests. Ours journals every intent and every answer to disk and takes the tasks out
-of the text; the bare loop reads the body and decodes its JSON; the openai client does what it does.
+divided by the requests. The clients take turns, and ratios are those of a round. Ours journals
+every intent and every answer to disk and takes the tasks out of the text; the bare loop reads the
+body and decodes its JSON; the openai client does what it does.
 
     python benches/synth_requests.py --requests 3000 --in-flight 256
 """
@@ -69,10 +70,11 @@ async def ours(url: str, requests: int, in_flight: int) -> float:
     """The engine, with its journal on disk and the tasks taken out of every answer."""
     from bioinstruct.synth.answers import candidates
     from bioinstruct.synth.endpoint import Endpoint, text_of
-    from bioinstruct.synth.engine import Engine, Limits
+    from bioinstruct.synth.engine import Engine
     from bioinstruct.synth.journal import Journal
     from bioinstruct.synth.models import Request
     from bioinstruct.synth.money import Ledger, Prices
+    from bioinstruct.synth.pace import Limits
 
     found = 0
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
@@ -114,11 +116,17 @@ def measure(name: str, url: str, requests: int, in_flight: int) -> float:
     return float(subprocess.run(args, check=True, capture_output=True, text=True).stdout)
 
 
+def _spread(ratios: list[float]) -> dict[str, float]:
+    """Return the median of the rounds' ratios, and the least and the greatest."""
+    found = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
 def main() -> None:
     """Measure all clients in turns and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=3000)
-    parser.add_argument("--openai-requests", type=int, default=512)
+    parser.add_argument("--openai-requests", type=int, help="Default: as many.")
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--client", choices=CLIENTS)
@@ -133,21 +141,27 @@ def main() -> None:
     with subprocess.Popen(args, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
-        counts = {"bare": given.requests, "ours": given.requests, "openai": given.openai_requests}
+        counts = {
+            "bare": given.requests,
+            "ours": given.requests,
+            "openai": given.openai_requests or given.requests,
+        }
         times: dict[str, list[float]] = {name: [] for name in CLIENTS}
         for _ in range(given.rounds):
             for name, count in counts.items():
                 times[name].append(measure(name, url, count, given.in_flight))
         server.terminate()
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    ratios = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
+    over_bare = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
+    under_openai = [a / b for a, b in zip(times["openai"], times["ours"], strict=True)]
     told = {
         "in_flight": given.in_flight,
         "requests": counts,
         "rounds": given.rounds,
-        "cpu_ms_per_request": {name: round(value, 4) for name, value in middle.items()},
-        "ours_over_bare": round(statistics.median(ratios), 3),
-        "openai_over_ours": round(middle["openai"] / middle["ours"], 1),
+        "cpu_ms_per_request": {
+            name: round(statistics.median(values), 4) for name, values in times.items()
+        },
+        "ours_over_bare": _spread(over_bare),
+        "openai_over_ours": _spread(under_openai),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "aiohttp": version("aiohttp"),

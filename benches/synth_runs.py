@@ -4,18 +4,22 @@ For answers of one length, of twice that, and as long as the seeds: what the con
 says a run will cost, what is said after 20 answers, and the final bill, which is compared with the
 server's own books. Then a run under a limit of requests a minute, of which the server refuses what
 is over; a budget of $1.00 at three concurrencies, with faults of every kind, invoked again and
-again; and the same records in batches of which a part fails or expires.
+again; the same records in batches of which a part fails or expires; and a run killed with -9 as
+often as told, carried to its end, and compared with runs that nothing stopped.
 
     python benches/synth_runs.py --records 2000
+    python benches/synth_runs.py --part kills --kills 20
 """
 
 import argparse
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +28,14 @@ from typing import Any
 from bioinstruct.synth import batching, estimate, generation, money
 from bioinstruct.synth.batching import Batching
 from bioinstruct.synth.console import Stopped
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.journal import NAME
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.plan import Plan, Settings
 from bioinstruct.synth.totals import read_totals
 
 SERVER = Path(__file__).parents[1] / "tests" / "synth" / "server.py"
 PRICES = (2.5, 10.0)
+PARTS = ("runs", "limited", "budget", "batch", "kills")
 SEEDS_WORDS = 60  # of input and of output, with which the server's tasks are as long as the seeds
 
 
@@ -164,24 +169,83 @@ def batch_run(module: ModuleType, records: int) -> dict[str, Any]:
         return made | {"batches": len(server.batches)}
 
 
+def answers_in(folder: Path) -> int:
+    """Return how many answers a run's journal holds, while it is written."""
+    path = folder / NAME
+    return path.read_bytes().count(b'{"type":"answer"') if path.exists() else 0
+
+
+def killed_run(module: ModuleType, records: int, kills: int) -> dict[str, Any]:
+    """Kill a run again and again, spread over its answers, then carry it to its end.
+
+    Raises:
+        ValueError: an answer that the journal had was bought again, or the records differ.
+    """
+    flights: list[int] = []
+    lost = 0
+    doing = module.Behaviour(latency_s=0.03)
+    with module.running(doing) as server, tempfile.TemporaryDirectory() as folder:
+        out = {name: Path(folder) / name for name in ("whole", "single", "killed")}
+        for name, concurrency in (("whole", 8), ("single", 1)):
+            limits = Limits(concurrency=concurrency)
+            made = generation.run(Plan(settings(out[name], server.url, records, limits)))
+        server.seen.clear()
+        args = ["generate", "--out", out["killed"], "--n", records, "--model", "local"]
+        args += ["--base-url", server.url, "--price-in", PRICES[0], "--price-out", PRICES[1]]
+        args += ["--budget", "none", "--concurrency", 8]
+        command = [sys.executable, "-m", "bioinstruct.synth.cli", *map(str, args)]
+        received: list[int] = []
+        for kill in range(1, kills + 1):
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+                while answers_in(out["killed"]) < kill * made.requests // (kills + 1):
+                    time.sleep(0.001)
+                process.kill()
+            totals = read_totals(out["killed"] / NAME)
+            lost += totals.received < max(received, default=0)
+            received.append(totals.received)
+            flights.append(len(totals.open) - sum(flights))
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        totals, bought = read_totals(out["killed"] / NAME), server.bought()
+        again = sum(bought.values()) - len(bought)
+        one, *others = ((path / generation.RECORDS).read_bytes() for path in out.values())
+        if lost or totals.received != len(bought) or again > sum(flights):
+            raise ValueError(f"{again} requests bought again, {sum(flights)} in flight at kills")
+        if any(other != one for other in others):
+            raise ValueError("the records of the killed run differ")
+        return {
+            "kills": kills,
+            "requests": made.requests,
+            "received_at_kills": received,
+            "in_flight_at_kills": flights,
+            "bought_again": again,
+            "answers_lost": lost,
+            "records_equal": True,
+            "charged_usd": round(totals.spent / money.PICO, 4),
+            "server_bill_usd": round(server.bill(*PRICES), 4),
+        }
+
+
 def main() -> None:
-    """Run everything and print one JSON line."""
+    """Run everything, or the parts asked for, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument("--limited-records", type=int, default=2000)
     parser.add_argument("--rpm", type=int, default=600)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--part", action="append", choices=PARTS)
     given = parser.parse_args()
     module = server_module()
-    told = {
-        "runs": [whole_run(module, words, given.records) for words in (12, 24, SEEDS_WORDS)],
-        "limited": [
+    parts: dict[str, Callable[[], Any]] = {
+        "runs": lambda: [whole_run(module, w, given.records) for w in (12, 24, SEEDS_WORDS)],
+        "limited": lambda: [
             limited_run(module, given.limited_records, given.rpm, by_header)
             for by_header in (False, True)
         ],
-        "budget": [budget_run(module, concurrency, 3) for concurrency in (1, 16, 256)],
-        "batch": batch_run(module, given.records),
+        "budget": lambda: [budget_run(module, concurrency, 3) for concurrency in (1, 16, 256)],
+        "batch": lambda: batch_run(module, given.records),
+        "kills": lambda: killed_run(module, given.records, given.kills),
     }
-    print(json.dumps(told))
+    print(json.dumps({name: parts[name]() for name in given.part or PARTS}))
 
 
 if __name__ == "__main__":

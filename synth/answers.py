@@ -13,9 +13,9 @@ from collections.abc import Collection
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from bioinstruct.synth.records import FIELDS
 from bioinstruct.synth.totals import Text
 
-FIELDS = ("instruction", "input", "output")
 _fields = itemgetter(*FIELDS)
 _DECODER = json.JSONDecoder(strict=False)  # models leave line breaks in strings
 _MARK = r"[ \t]*(?:[#*]+[ \t]*)?"
@@ -70,13 +70,7 @@ def candidates(text: Text, form: str) -> list[Candidate]:
         return [Candidate("", "", text.refusal or text.content, "refusal")]
     cut = text.finish == "length"
     found = _from_json(text.content, cut) if form == "schema" else _from_list(text.content, cut)
-    return [
-        # what has a problem keeps it
-        item
-        if item.problem or (item.instruction and item.output)
-        else item._replace(problem="empty")
-        for item in found
-    ] or [Candidate("", "", text.content, "empty")]
+    return found or [Candidate("", "", text.content, "empty")]
 
 
 def _from_json(content: str, cut: bool) -> list[Candidate]:
@@ -109,15 +103,16 @@ def _skipped(content: str, at: int) -> int:
 
 def _from_value(value: Any) -> Candidate:
     try:
-        given, shown, done = _fields(value)
         # of all that JSON holds only texts can be stripped
-        made = Candidate(given.strip(), shown.strip(), done.strip(), "", value.get("category", ""))
-    except (KeyError, TypeError, AttributeError):
+        given, shown, done = map(str.strip, _fields(value))
+    except (KeyError, TypeError):
         return Candidate("", "", json.dumps(value), "malformed")
-    if given.isascii() and shown.isascii() and done.isascii() and made.category.__class__ is str:
-        return made
-    category = made.category if isinstance(made.category, str) else ""
-    return Candidate(_whole(made[0]), _whole(made[1]), _whole(made[2]), "", _whole(category))
+    category = value.get("category", "")
+    if category.__class__ is not str:
+        category = ""
+    if not (given.isascii() and shown.isascii() and done.isascii() and category.isascii()):
+        given, shown, done, category = map(_whole, (given, shown, done, category))
+    return Candidate(given, shown, done, "" if given and done else "empty", category)
 
 
 def _whole(text: str) -> str:
@@ -148,5 +143,6 @@ def _from_item(item: str) -> Candidate:
     done, category = item[answer.end() :], ""
     if named := _CATEGORY.search(done):
         done, category = done[: named.start()], done[named.end() :].strip()
-    shown = item[given.end() : answer.start()]
-    return Candidate(instruction.strip(), shown.strip(), done.strip(), category=category)
+    shown, instruction, done = item[given.end() : answer.start()], instruction.strip(), done.strip()
+    problem = "" if instruction and done else "empty"
+    return Candidate(instruction, shown.strip(), done, problem, category)

@@ -3,9 +3,10 @@
 A batch is a file of requests, one JSON object a line, that the endpoint works off within a day at a
 lower price. It is created with a name of the run and a number among its metadata, so that it is
 found again if its answer to the creation never arrived. Retries are ours: reading is repeated,
-uploading too, and creating only after a look at what exists.
+uploading and deleting too, and creating only after a look at what exists.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ class Remote(NamedTuple):
     id: str
     number: int
     status: str
+    input: str
+    """The file of its requests."""
     files: tuple[str, ...]
     """Output and errors, where there are such files."""
     completed: int
@@ -49,6 +52,7 @@ class Line(NamedTuple):
     """One line of an output or an error file."""
 
     key: str
+    """Of the request; empty where the line is none of the documented form."""
     status: int | None
     """Of the response; None where there is none."""
     raw: bytes
@@ -141,15 +145,27 @@ class BatchApi:
         made = self._again(call)
         return made and _remote(made)
 
+    def delete(self, file: str) -> None:
+        """Delete a file, or find it deleted.
+
+        Raises:
+            ValueError: the endpoint does not do it.
+        """
+
+        def call() -> None:
+            with contextlib.suppress(self.openai.NotFoundError):
+                self.client.files.delete(file)
+
+        self._again(call)
+
     def lines(self, file: str) -> Iterator[Line]:
-        """Yield the lines of a file of answers or errors; what is no such line is passed over."""
+        """Yield the lines of a file of answers or errors."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "answers.jsonl"
             self._again(lambda: self._download(file, path))
             with path.open("rb") as content:
                 for text in content:
-                    if line := _line(text):
-                        yield line
+                    yield _line(text)
 
     def _download(self, file: str, path: Path) -> None:
         with self.client.files.with_streaming_response.content(file) as response:
@@ -205,6 +221,7 @@ def _remote(made: Any) -> Remote:
         made.id,
         int((made.metadata or {}).get(NUMBER, 0)),
         made.status,
+        made.input_file_id,
         tuple(files),
         counts.completed if counts else 0,
         counts.total if counts else 0,
@@ -212,7 +229,7 @@ def _remote(made: Any) -> Remote:
     )
 
 
-def _line(text: bytes) -> Line | None:
+def _line(text: bytes) -> Line:
     try:
         value = json.loads(text)
         key, response, error = value["custom_id"], value.get("response"), value.get("error")
@@ -220,9 +237,9 @@ def _line(text: bytes) -> Line | None:
         # ASCII, so that halves of surrogate pairs stay what they are
         raw = json.dumps(response["body"], separators=(",", ":")).encode() if response else b""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
+        return Line("", None, b"", "")
     if not isinstance(key, str) or not (status is None or type(status) is int):
-        return None
+        return Line("", None, b"", "")
     return Line(key, status, raw, _words(error))
 
 

@@ -5,7 +5,8 @@ reserved then. The endpoint is told the folder's name for itself and the batch's
 batch whose creation was never recorded is found again by them; one that is not found was never
 created and costs nothing. Answers and errors come back in any order and are journalled one by one.
 What a batch leaves open is asked again, in another batch while there is much of it, online for the
-rest. The records are what they would have been online: they follow from the answers alone.
+rest. Once all that a batch brought is on disk, its files at the provider are deleted. The records
+are what they would have been online: they follow from the answers alone.
 
 What a request of a batch is charged: the cost of its usage at the batch's prices; its whole
 reservation where an answer has no usage, or where the endpoint counts more answers than it hands
@@ -54,6 +55,8 @@ class Batching:
     """Seconds between two looks at the batches."""
     tail: int = 64
     """Fewer open requests than this are asked online, once there are answers; 0 for never."""
+    keep_files: bool = False
+    """Leave the batches' files at the provider; they are deleted once all in them is journalled."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -265,10 +268,11 @@ class _Work:
     def _collect(self, batch: Batch, remote: Remote) -> None:
         """Journal what a batch brought, and settle it."""
         attempts = {key: batch.first + place for place, key in enumerate(batch.keys)}
-        answered = set()
+        answered, strange = set(), 0
         for file in remote.files:
             for line in self.api.lines(file):
                 if line.key not in attempts:
+                    strange += 1
                     continue
                 if line.status == 200:
                     answered.add(line.key)
@@ -280,11 +284,30 @@ class _Work:
             batch.number, remote.status, sum(sorted(rest, reverse=True)[:unseen])
         )
         note(f"{remote.id}: {remote.status}, {len(answered)} of {len(attempts)} answers")
+        if unseen or strange:
+            note(
+                f"{remote.id}: {unseen} answers are missing, {strange} lines belong to no request; "
+                f"its files stay at the provider: {', '.join(remote.files)}"
+            )
+        elif not self.batching.keep_files:
+            self._delete(remote)
         if remote.status == "failed":
             said = "; ".join(f"{code}: {message}" for code, message in remote.problems)
             self.failed = f"{remote.id} failed ({said or 'no reason given'})"
         elif remote.status == "cancelled":
             self.cancelled = remote.id
+
+    def _delete(self, remote: Remote) -> None:
+        """Delete a batch's files at the provider; what fails is only told."""
+        self.journal.sync()  # from now on there is no other copy
+        files = [remote.input, *remote.files]
+        try:
+            for file in files:
+                self.api.delete(file)
+        except ValueError as error:
+            note(f"{remote.id}: files stay at the provider ({', '.join(files)}): {error}")
+        else:
+            note(f"{remote.id}: deleted its files at the provider ({', '.join(files)})")
 
     def _take(self, attempt: int, line: Line) -> None:
         """Journal one line of a batch."""

@@ -10,7 +10,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from bioinstruct.synth.totals import Answer, line_of, read_line
+from bioinstruct.synth.files import make_folder
+from bioinstruct.synth.totals import Answer, answer_line, read_line
 
 
 class Cache:
@@ -20,11 +21,12 @@ class Cache:
         folder: it is made where missing.
 
     Raises:
+        ValueError: it is a file.
         OSError: it cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--cache")
         self.folder = folder
 
     def get(self, key: str) -> Answer | None:
@@ -61,7 +63,7 @@ class Cache:
         handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(line_of({"type": "answer", "key": answer.key}, answer))
+                file.write(answer_line(f'{{"type":"answer","key":"{answer.key}"', answer))
             os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:

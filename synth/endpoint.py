@@ -7,9 +7,10 @@ every response before that is written or shown.
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from bioinstruct.synth.money import Prices, Usage, shown
@@ -17,6 +18,7 @@ from bioinstruct.synth.totals import Answer, Text
 
 OPENAI = "https://api.openai.com/v1"
 KEY_ENV = "OPENAI_API_KEY"
+AUTHORITY = "SSL_CERT_FILE"  # OpenSSL's name for a file of authorities, and it ignores a wrong one
 SAYS_SHOWN = 300  # characters of an endpoint's own words in our sentence
 SHORT_KEY = 8  # characters
 RETRIED = frozenset((408, 409, 425, 429))
@@ -43,11 +45,20 @@ class Endpoint(NamedTuple):
 
         It is looked up once: a client that trusts the environment looks for each request again, and
         may send a password from .netrc in place of the key.
+
+        Raises:
+            ValueError: it is no address; the text leaves it out, because it may hold a password.
         """
         parts = urlsplit(self.base_url)
         if self.local or proxy_bypass(parts.hostname or ""):
             return None
-        return getproxies().get(parts.scheme)
+        proxy = getproxies().get(parts.scheme)
+        if proxy and not _address(proxy):
+            raise ValueError(
+                f"{parts.scheme.upper()}_PROXY must be like http://host:3128, with http or https; "
+                "correct or unset it, or name the endpoint's host in NO_PROXY"
+            )
+        return proxy
 
     def without_key(self, raw: bytes) -> bytes:
         """Return a response with the key taken out."""
@@ -70,21 +81,34 @@ def open_endpoint(base_url: str = OPENAI, key_env: str | None = None) -> Endpoin
         ValueError: the address is none, or a remote endpoint has no key.
     """
     url = base_url.rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"--base-url must be like {OPENAI}, not {base_url!r}")
-    if "@" in parts.netloc:
+    parts = _address(url)
+    if parts and "@" in parts.netloc:
         raise ValueError("--base-url must hold no password; pass the key with --api-key-env")
+    if not parts or parts.query or parts.fragment or re.search(r"\s", url):
+        raise ValueError(f"--base-url must be like {OPENAI}, not {base_url!r}")
     if url.endswith("/chat/completions"):
         raise ValueError(f"--base-url ends before /chat/completions, as in {OPENAI}")
-    local = _loopback(parts.hostname)
+    local = _loopback(parts.hostname or "")
     name = key_env or KEY_ENV
     key = os.environ.get(name, "").strip()
     if not key and (key_env or not local):
         raise ValueError(f"no key for {url}: set {name}, or name its variable with --api-key-env")
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the key in {name} holds characters that no key has; set it again")
+    authority = os.environ.get(AUTHORITY)
+    if authority and parts.scheme == "https" and not os.path.isfile(authority):
+        raise ValueError(f"{AUTHORITY} names no file ({authority}); correct or unset it")
     return Endpoint(url, key, local)
+
+
+def _address(url: str) -> SplitResult | None:
+    """Return the parts of an address on the web, or None where it is none."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        return None
+    return parts if whole else None
 
 
 def _loopback(host: str) -> bool:

@@ -16,7 +16,6 @@ import gc
 import random
 import time
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 
 from bioinstruct.synth import endpoint as endpoints
@@ -26,8 +25,9 @@ from bioinstruct.synth.endpoint import Endpoint
 from bioinstruct.synth.journal import Journal
 from bioinstruct.synth.models import Request
 from bioinstruct.synth.money import Ledger, Prices, shown
-from bioinstruct.synth.pace import Gate, retry_after_s
+from bioinstruct.synth.pace import Gate, Limits, retry_after_s
 from bioinstruct.synth.totals import Answer
+from bioinstruct.synth.wire import Cut, Unsent, Wire
 
 MAX_TRIES = 20  # of one request, rate refusals not counted
 BACKOFF_S, BACKOFF_MOST_S = 0.5, 60.0
@@ -42,28 +42,6 @@ class BudgetReached(Stopped):
 
 class Closing(Exception):
     """Nothing more is sent, because what was wanted is there."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How hard the endpoint may be driven."""
-
-    concurrency: int = 32
-    """The most requests in flight."""
-    rpm: float | None = None
-    """Requests a minute. Default: what the endpoint's headers say."""
-    tpm: float | None = None
-    """Tokens a minute, likewise."""
-    timeout_s: float = 600.0
-    """How long one answer may take."""
-    max_failures: int = 10
-    """Failures in a row, requests in flight together counted once, that end the run."""
-
-    def __post_init__(self) -> None:
-        for name in ("concurrency", "rpm", "tpm", "timeout_s", "max_failures"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e9:
-                raise ValueError(f"{name} must be positive, not {value}")
 
 
 class Engine:
@@ -94,28 +72,24 @@ class Engine:
         self.gate = Gate(limits.concurrency, limits.rpm, limits.tpm)
         self.failures = 0
         self.answered = False
-        self.asking: dict[str, asyncio.Event] = {}
+        self.asking: dict[str, asyncio.Event | None] = {}
         self.halted: Exception | None = None
         self.overbilled: Exception | None = None
         self.refused = 0
 
     async def __aenter__(self) -> "Engine":
-        import aiohttp
-        from yarl import URL
-
-        self.thresholds = gc.get_threshold()
-        gc.set_threshold(*GC_THRESHOLDS)
-        self.url, self.proxy = URL(self.endpoint.url), self.endpoint.proxy()
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
         self.turn, self.changed, self.halting = asyncio.Lock(), asyncio.Event(), asyncio.Event()
-        self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(),  # ours costs a tenth
-            headers=headers,
+        self.wire = Wire(
+            self.endpoint.url,
+            headers,
+            proxy=self.endpoint.proxy(),
+            timeout_s=self.limits.timeout_s,
         )
+        self.thresholds = gc.get_threshold()
+        gc.set_threshold(*GC_THRESHOLDS)
         return self
 
     async def __aexit__(
@@ -125,7 +99,7 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         gc.set_threshold(*self.thresholds)
-        await self.session.close()
+        await self.wire.close()
 
     def halt(self, reason: Exception) -> None:
         """Send nothing more; whoever waits for its turn gets the reason. The first one stays."""
@@ -142,21 +116,22 @@ class Engine:
             OSError: the journal cannot be written.
             Closing: the engine was halted because nothing more is wanted.
         """
-        answers = self.journal.totals.answers
-        while (answer := answers.get(request.key)) is None:
-            if other := self.asking.get(request.key):
-                await other.wait()
+        answers, key = self.journal.totals.answers, request.key
+        while (answer := answers.get(key)) is None:
+            if key in self.asking:
+                self.asking[key] = asked = self.asking[key] or asyncio.Event()
+                await asked.wait()
                 self._check()
                 continue
-            self.asking[request.key] = asked = asyncio.Event()
+            self.asking[key] = None  # an event only for those who wait
             try:
-                return self._cached(request.key) or await self._buy(request, model)
+                return self._cached(key) or await self._buy(request, model)
             except OSError as error:
                 self.halt(error)
                 raise
             finally:
-                del self.asking[request.key]
-                asked.set()
+                if waited_for := self.asking.pop(key):
+                    waited_for.set()
         return answer
 
     def _cached(self, key: str) -> Answer | None:
@@ -212,30 +187,21 @@ class Engine:
 
     async def _send(self, request: Request, worst: int) -> tuple[Answer | None, Mapping[str, str]]:
         """Send once; journal and settle whatever comes of it."""
-        import aiohttp
-
         journal, key = self.journal, request.key
         charge = worst
         try:
             attempt = journal.intent(key, worst)
             sent_s = time.monotonic()
             try:
-                async with (
-                    asyncio.timeout(self.limits.timeout_s),
-                    self.session.post(
-                        self.url, data=request.body, proxy=self.proxy, allow_redirects=False
-                    ) as got,
-                ):
-                    raw, headers = await got.read(), got.headers
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                charge = 0 if self._unsent(error) else worst
-                text = str(error) or type(error).__name__
+                status, headers, raw = await self.wire.post(request.body)
+            except (Cut, Unsent) as error:
+                charge = 0 if isinstance(error, Unsent) else worst
                 took_s = time.monotonic() - sent_s
-                journal.failure(attempt, key, error=text, charged=charge, seconds=took_s)
-                self._unreachable(error, text)
-                return None, {"error": text}
-            raw = self.endpoint.without_key(raw)
-            answer = endpoints.read_response(key, got.status, raw)
+                journal.failure(attempt, key, error=str(error), charged=charge, seconds=took_s)
+                if isinstance(error, Unsent) and not self.answered:
+                    self.halt(ValueError(f"cannot reach {self.endpoint.base_url}: {error}"))
+                return None, {"error": str(error)}
+            answer = endpoints.read_response(key, status, self.endpoint.without_key(raw))
             charge = self._charge(answer, worst)
             took_s = time.monotonic() - sent_s
             journal.answer(attempt, answer, charged=charge, seconds=took_s)
@@ -279,20 +245,6 @@ class Engine:
         most_s = min(BACKOFF_MOST_S, BACKOFF_S * 2 ** max(tries - 1, self.failures - 1, 0))
         await _within(self.halting.wait(), most_s * random.uniform(0.5, 1.0))
         self._check()
-
-    def _unsent(self, error: Exception) -> bool:
-        """Whether a request failed before it could be sent."""
-        import aiohttp
-
-        return isinstance(error, aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError)
-
-    def _unreachable(self, error: Exception, text: str) -> None:
-        import aiohttp
-
-        if self._unsent(error) and not self.answered:
-            private = isinstance(error, aiohttp.ClientConnectorCertificateError)
-            how = "; SSL_CERT_FILE names the file of a private authority" if private else ""
-            self.halt(ValueError(f"cannot reach {self.endpoint.base_url}: {text}{how}"))
 
     def _check(self) -> None:
         if self.halted:

@@ -72,7 +72,7 @@ def text(plan: Plan, prices: Prices) -> str:
     """Return the estimate and the cap for a user."""
     made, limit = from_settings(plan, prices), cap(plan, prices)
     return (
-        f"{plan.settings.n} records: about {made.requests} requests, "
+        f"{plan.settings.n} records: about {made.requests} request{'s' * (made.requests > 1)}, "
         f"{made.usage.prompt_tokens:,} tokens read and {made.usage.completion_tokens:,} written, "
         f"{money.shown(made.cost)} "
         f"(assumed: {NEW} tasks an answer, as long as the seeds, yield {YIELD:.2f}); "

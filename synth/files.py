@@ -51,6 +51,26 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder and those above it, where missing.
+
+    Args:
+        folder: what option names.
+        option: as a user gives it.
+
+    Raises:
+        ValueError: it, or one above it, is a file.
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        in_the_way = next(path for path in (folder, *folder.parents) if path.exists())
+        raise ValueError(
+            f"{option} needs a folder, and {in_the_way} is a file; choose another {option}"
+        ) from error
+
+
 def cache_folder() -> Path:
     """Where things that can be made again are kept: $BIOINSTRUCT_CACHE, else the user's cache."""
     if own := os.environ.get("BIOINSTRUCT_CACHE"):

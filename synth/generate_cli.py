@@ -125,7 +125,11 @@ def _run(command: Command) -> Command:
         ),
         click.option("--tpm", type=float, help="Tokens a minute, likewise."),
         click.option(
-            "--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds an answer."
+            "--timeout",
+            "timeout_s",
+            default=600.0,
+            show_default=True,
+            help="Seconds a connection may take, and then an answer.",
         ),
         click.option(
             "--max-failures", default=10, show_default=True, help="In a row, to give up after."
@@ -138,7 +142,7 @@ def _run(command: Command) -> Command:
 
 
 def _plan(options: dict[str, Any]) -> "Plan":
-    from bioinstruct.synth.engine import Limits
+    from bioinstruct.synth.pace import Limits
     from bioinstruct.synth.plan import Plan, Settings
 
     names = ("concurrency", "rpm", "tpm", "timeout_s", "max_failures")
@@ -203,7 +207,20 @@ def _tell(plan: "Plan", result: "Result") -> None:
     show_default=True,
     help="Fewer open requests than this are asked online, once there are answers; 0: never.",
 )
-def batch(batch_requests: int, batch_bytes: int, poll_s: float, tail: int, **options: Any) -> None:
+@click.option(
+    "--keep-files",
+    is_flag=True,
+    help="Leave the batches' files at the provider; otherwise they are deleted once their answers "
+    "are on disk.",
+)
+def batch(
+    batch_requests: int,
+    batch_bytes: int,
+    poll_s: float,
+    tail: int,
+    keep_files: bool,
+    **options: Any,
+) -> None:
     """Make the same records through the Batch API, at its lower price.
 
     Stop it while batches are worked off: the same command collects them, also after kill -9.
@@ -212,7 +229,11 @@ def batch(batch_requests: int, batch_bytes: int, poll_s: float, tail: int, **opt
     from bioinstruct.synth.estimate import text
 
     how = batching.Batching(
-        requests=batch_requests, size_bytes=batch_bytes, poll_s=poll_s, tail=tail
+        requests=batch_requests,
+        size_bytes=batch_bytes,
+        poll_s=poll_s,
+        tail=tail,
+        keep_files=keep_files,
     )
     plan = _plan(options)
     console.note(text(plan, plan.batch_prices))

@@ -230,10 +230,8 @@ def how_to_go_on(what: str, collector: Collector) -> str:
 def how_to_afford(collector: Collector) -> str:
     """Return the sentence for a run that its budget stops."""
     have, wanted = len(collector.records), collector.plan.settings.n
-    return (
-        f"{have} of {wanted} records are there; raise it with --budget, or choose --n "
-        f"{max(have, 1)}"
-    )
+    end = f", or choose --n {have}" if have else ""
+    return f"{have} of {wanted} records are there; raise it with --budget{end}"
 
 
 def _stop_on_signals() -> None:

@@ -20,6 +20,7 @@ SAMPLING = ("temperature", "top_p", "seed")
 _FIELDS = ("price_in", "price_out", "batch", "cap", "sampling", "reasoning_effort")
 
 Message = Mapping[str, str]
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,7 @@ class Request:
     __slots__ = ("body", "cap_tokens", "key")
 
     def __init__(self, body: Mapping[str, object], cap_tokens: int) -> None:
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        self.body = text.encode()
+        self.body = _canonical(body).encode()
         self.key = hashlib.sha256(self.body).hexdigest()
         self.cap_tokens = cap_tokens
 

@@ -36,7 +36,7 @@ class Prices(NamedTuple):
 
     def worst(self, body_bytes: int, cap_tokens: int) -> int:
         """Return the most that a request can cost."""
-        return self.cost(Usage(body_bytes + BODY_EXTRA_TOKENS, cap_tokens))
+        return (body_bytes + BODY_EXTRA_TOKENS) * self.input_pico + cap_tokens * self.output_pico
 
 
 def per_token(usd_per_million: float) -> int:

@@ -1,4 +1,4 @@
-"""When the next request may go: requests and tokens per minute, pauses, requests in flight.
+"""When the next request may go: limits, requests and tokens per minute, pauses, requests in flight.
 
 Rates are kept by virtual time: each request moves the moment from which the next may go by its
 share of a minute, so that any window of a minute holds the limit and hardly more. Concurrency
@@ -9,11 +9,34 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 SLACK_S = 0.05  # lateness that may be caught up, so that a late timer costs no throughput
 _PARTS = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
 _UNIT_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How hard the endpoint may be driven."""
+
+    concurrency: int = 32
+    """The most requests in flight."""
+    rpm: float | None = None
+    """Requests a minute. Default: what the endpoint's headers say."""
+    tpm: float | None = None
+    """Tokens a minute, likewise."""
+    timeout_s: float = 600.0
+    """How long a connection may take, and then each answer."""
+    max_failures: int = 10
+    """Failures in a row, requests in flight together counted once, that end the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "rpm", "tpm", "timeout_s", "max_failures"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e9:
+                raise ValueError(f"{name} must be positive, not {value}")
 
 
 class Pace:

@@ -20,10 +20,10 @@ from typing import Any
 from bioinstruct.synth import draws, models, money
 from bioinstruct.synth.answers import schema
 from bioinstruct.synth.endpoint import OPENAI
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.files import write_text
 from bioinstruct.synth.filters import ROUGE, RULES, rouge_threshold
 from bioinstruct.synth.money import Prices
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.prompting import (
     FORMATS,
     category_wish,

@@ -92,7 +92,7 @@ class Totals:
         if kind == "intent":
             self.intend(row["attempt"], int(row["reserved"]), row["time"])
         elif kind == "answer":
-            self._answer(row, answer)
+            self.answered(row["attempt"], row["charged"], row["time"], answer)
         elif kind == "verdict":
             self.verdicts[row["request"]] = dict(row)
         elif kind.startswith("batch"):
@@ -139,10 +139,11 @@ class Totals:
         batch.ended = False
         self.open.update(enumerate(batch.reserved, batch.first))
 
-    def _answer(self, row: Mapping[str, Any], answer: Answer | None) -> None:
-        self.open.pop(row["attempt"])
-        self.charged += row["charged"]
-        self.last_s = row["time"]
+    def answered(self, attempt: int, charged: int, time_s: float, answer: Answer | None) -> None:
+        """Count a response, or None for none."""
+        self.open.pop(attempt)
+        self.charged += charged
+        self.last_s = time_s
         if answer is None or not answer.complete:
             self.failed += 1
             return
@@ -170,16 +171,18 @@ def read_totals(path: Path) -> Totals:
     return totals
 
 
-def line_of(row: Mapping[str, Any], answer: Answer | None = None) -> bytes:
-    """Return a journal's line.
+def line_of(row: Mapping[str, Any]) -> bytes:
+    """Return an object as a journal's line."""
+    return f"{_ENCODER.encode(row)}\n".encode()
+
+
+def answer_line(head: str, answer: Answer) -> bytes:
+    """Return the line of a response.
 
     Args:
-        row: the line's object.
-        answer: of an answer line, the response that ends it.
+        head: the JSON object of what is known about it, without its closing brace.
+        answer: the response, which ends the line.
     """
-    head = _ENCODER.encode(row)[:-1]
-    if answer is None:
-        return f"{head}}}\n".encode()
     usage = "null" if answer.usage is None else list(answer.usage)
     head += (
         f',"status":{answer.status},"complete":{"true" if answer.complete else "false"},'

@@ -1,4 +1,4 @@
-"""The local chat server as a fixture, and a few seeds."""
+"""The local chat server as a fixture, a few seeds, and a run's settings with both."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bioinstruct.synth.engine import Limits
+from bioinstruct.synth.pace import Limits
 
 
 def _load(name: str) -> ModuleType:

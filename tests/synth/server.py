@@ -15,84 +15,21 @@ import hashlib
 import json
 import random
 import ssl
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-VERBS = ("Summarise", "Extract", "Classify", "Explain", "List", "Compare", "Assess", "Draft")
-PARTS = "ar bel cor dan el fi gor hal in jo kel lum mor nex or pil quo ras sel tum ul vex wi zor"
-FAULTS = ("429", "429-bare", "500", "slow", "cut", "malformed", "no-usage")
+sys.path.insert(0, str(Path(__file__).parent))  # tests and benches load this file by its path
+
+from server_batches import Batches  # noqa: E402
+from server_behaviour import FAULTS, Behaviour, Seen  # noqa: E402
+from server_chat import completion  # noqa: E402
+
 GRACE_S = 0.05
-
-
-@dataclass
-class Behaviour:
-    """What the server does; may be changed while it runs."""
-
-    faults: dict[str, float] = field(default_factory=dict)
-    """Probability of each fault."""
-    latency_s: float = 0.0
-    slow_s: float = 5.0
-    retry_after: str = "0.05"
-    words: int = 12
-    """Words of a task's input, and of its output."""
-    tasks: int = 17
-    junk: float = 0.15
-    """Share of the tasks that the paper's rules drop."""
-    form: str = "schema"
-    categories: tuple[str, ...] = ("qa", "ie", "gen", "other")
-    """Of its tasks, one as often as the other; said where the prompt speaks of categories."""
-    content: str | None = None
-    """Said instead of tasks."""
-    finish: str | None = None
-    usage_extra: int = 0
-    """Tokens billed beyond the truth."""
-    honour_cap: bool = True
-    rpm: int | None = None
-    """Requests in any minute; more get a 429 with Retry-After."""
-    error: tuple[int, dict[str, Any]] | None = None
-    """A status and an error object for every request."""
-    batch_s: float = 0.0
-    """How long a batch takes."""
-    batch_end: tuple[str, float] = ("completed", 1.0)
-    """The status in which batches end, and the share of their requests that is worked off."""
-    batch_errors: float = 0.0
-    """Share of a batch's requests that end in its error file, with a 500."""
-    batch_hidden: float = 0.0
-    """Share of a batch's answers that are billed and stand in no file."""
-    batch_cuts: int = 0
-    """How many creations of batches are carried out and then answered by a cut connection."""
-    batch_answer_s: float = 0.0
-    """How long the answer to a creation takes, after it was carried out."""
-    batch_problem: dict[str, Any] | None = None
-    """The error with which batches fail to validate."""
-    key: str | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class Seen(NamedTuple):
-    """One request as the server saw it."""
-
-    time_s: float
-    body_hash: str
-    status: int
-    fault: str
-    prompt_tokens: int
-    completion_tokens: int
-    price: float = 1.0
-    """Share of the price that is asked for it."""
-
-
-@dataclass
-class Batch:
-    """A batch as the server holds it."""
-
-    shown: dict[str, Any]
-    due_s: float
-    requests: list[dict[str, Any]]
 
 
 class Server:
@@ -108,8 +45,8 @@ class Server:
         self.told: list[tuple[float, float]] = []
         self.early = 0
         self.port = 0
-        self.files: dict[str, bytes] = {}
-        self.batches: dict[str, Batch] = {}
+        self.batch_api = Batches(lambda: self.behaviour, self.seen, self.chance)
+        self.files, self.batches = self.batch_api.files, self.batch_api.batches
 
     @property
     def url(self) -> str:
@@ -162,7 +99,7 @@ class Server:
         status, value, more = self._refusal(line, headers, fault, now_s)
         if not line.startswith("POST /v1/chat/completions "):
             if status == 200:
-                status, value = self._batch_call(line.split(" ")[1], headers, raw)
+                status, value = self.batch_api.call(*line.split(" ")[:2], headers, raw)
             if "/batches" in line and raw:
                 await asyncio.sleep(doing.batch_answer_s)
             if value is None:
@@ -176,7 +113,7 @@ class Server:
         body = json.loads(raw)
         self.bodies.append(body)
         if status == 200:
-            value = self._completion(body, mark, len(raw))
+            value = completion(doing, body, mark, len(raw))
             usage = value["usage"]
             tokens = (usage["prompt_tokens"], usage["completion_tokens"])
             if fault == "no-usage":
@@ -229,154 +166,6 @@ class Server:
         if fault == "500":
             return 500, {"error": {"message": "the server had an error"}}, {}
         return 200, {}, {}
-
-    def _batch_call(
-        self, path: str, headers: dict[str, str], raw: bytes
-    ) -> tuple[int, dict[str, Any] | bytes | None]:
-        """Answer a call to files or batches; None stands for a cut connection."""
-        path, _, query = path.removeprefix("/v1/").partition("?")
-        for batch in self.batches.values():
-            self._work_off(batch)
-        if path == "files":
-            mark = headers["content-type"].partition("boundary=")[2].encode()
-            parts = [part.partition(b"\r\n\r\n") for part in raw.split(b"--" + mark)]
-            fields = {
-                head.split(b'name="')[1].split(b'"')[0]: data for head, _, data in parts[1:-1]
-            }
-            assert fields[b"purpose"].strip() == b"batch"
-            name = f"file-{len(self.files)}"
-            self.files[name] = fields[b"file"][:-2]
-            shown = {"id": name, "object": "file", "bytes": len(self.files[name]), "created_at": 1}
-            return 200, shown | {"filename": "b.jsonl", "purpose": "batch", "status": "processed"}
-        if path.startswith("files/"):
-            return 200, self.files[path.split("/")[1]]
-        if path == "batches" and raw:
-            made = self._new_batch(json.loads(raw))
-            self.behaviour.batch_cuts -= 1
-            return 200, None if self.behaviour.batch_cuts >= 0 else made
-        if path == "batches":
-            return 200, self._page(dict(part.split("=") for part in query.split("&") if part))
-        found = self.batches.get(path.split("/")[1])
-        return (200, found.shown) if found else (404, {"error": {"message": "no such batch"}})
-
-    def _page(self, query: dict[str, str]) -> dict[str, Any]:
-        """Return two batches at a time, the newest first, so that clients must turn pages."""
-        names = list(reversed(self.batches))
-        at = names.index(query["after"]) + 1 if "after" in query else 0
-        data = [self.batches[name].shown for name in names[at : at + 2]]
-        more = at + 2 < len(names)
-        return {"object": "list", "data": data, "has_more": more} | (
-            {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
-        )
-
-    def _new_batch(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Take a batch, after the checks that the real service makes."""
-        requests = [json.loads(line) for line in self.files[asked["input_file_id"]].splitlines()]
-        assert (asked["endpoint"], asked["completion_window"]) == ("/v1/chat/completions", "24h")
-        assert len({r["custom_id"] for r in requests}) == len(requests) <= 50_000
-        assert {(r["method"], r["url"]) for r in requests} == {("POST", asked["endpoint"])}
-        assert len({r["body"]["model"] for r in requests}) == 1
-        name = f"batch_{len(self.batches)}"
-        shown = asked | {"id": name, "object": "batch", "created_at": 1, "status": "in_progress"}
-        shown["request_counts"] = {"total": len(requests), "completed": 0, "failed": 0}
-        self.batches[name] = Batch(shown, time.monotonic() + self.behaviour.batch_s, requests)
-        self._work_off(self.batches[name])
-        return shown
-
-    def _work_off(self, batch: Batch) -> None:
-        """Bring a batch to its end once its time has come."""
-        doing, shown = self.behaviour, batch.shown
-        if shown["status"] != "in_progress" or time.monotonic() < batch.due_s:
-            return
-        shown["status"], part = doing.batch_end
-        if doing.batch_problem:
-            shown["status"], part = "failed", 0.0
-            shown["errors"] = {"object": "list", "data": [doing.batch_problem]}
-        lines: dict[str, list[bytes]] = {"output": [], "error": []}
-        requests = self.chance.sample(batch.requests, len(batch.requests))  # in any order
-        for place, request in enumerate(requests):
-            key, chance = request["custom_id"], self.chance.random()
-            row: dict[str, Any] = {"id": f"req_{place}", "custom_id": key, "error": None}
-            if place >= part * len(requests):
-                row |= {"response": None, "error": {"code": "batch_expired", "message": "late"}}
-            elif chance < doing.batch_errors:
-                body = {"error": {"message": "the server had an error"}}
-                row["response"] = {"status_code": 500, "request_id": "r", "body": body}
-            else:
-                raw = json.dumps(
-                    request["body"], sort_keys=True, separators=(",", ":"), ensure_ascii=False
-                ).encode()
-                body = self._completion(request["body"], hashlib.sha256(raw).hexdigest(), len(raw))
-                tokens = (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"])
-                self.seen.append(Seen(time.monotonic(), key, 200, "", *tokens, 0.5))
-                shown["request_counts"]["completed"] += 1
-                if chance >= 1 - doing.batch_hidden:
-                    continue
-                row["response"] = {"status_code": 200, "request_id": "r", "body": body}
-            kind = (
-                "output" if row["response"] and row["response"]["status_code"] == 200 else "error"
-            )
-            lines[kind].append(json.dumps(row).encode() + b"\n")
-        for kind, made in lines.items():
-            if made and not doing.batch_problem:
-                shown[f"{kind}_file_id"] = name = f"file-{len(self.files)}"
-                self.files[name] = b"".join(made)
-
-    def _completion(self, body: dict[str, Any], mark: str, size: int) -> dict[str, Any]:
-        doing = self.behaviour
-        asked = "Category" in str(body["messages"]) or "category" in str(body["messages"])
-        content = doing.content or self._tasks(mark, asked)
-        most = 4 * (body.get("max_tokens") or body.get("max_completion_tokens"))
-        cut = doing.honour_cap and len(content) > most
-        content = content[:most] if cut else content
-        usage = {
-            "prompt_tokens": size // 4,
-            "completion_tokens": -(-len(content) // 4) + doing.usage_extra,
-        }
-        finish = doing.finish or ("length" if cut else "stop")
-        message = {"role": "assistant", "content": content}
-        return {
-            "id": f"chatcmpl-{mark[:12]}",
-            "object": "chat.completion",
-            "created": 1700000000,
-            "model": body["model"],
-            "system_fingerprint": "fp_local",
-            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-            "usage": usage | {"total_tokens": sum(usage.values())},
-        }
-
-    def _tasks(self, mark: str, with_category: bool) -> str:
-        chance = random.Random(mark)
-        made = [self._task(chance) for _ in range(self.behaviour.tasks)]
-        for task in made if with_category else []:
-            task["category"] = chance.choice(self.behaviour.categories)
-        if self.behaviour.form == "schema":
-            return json.dumps({"tasks": made})
-        return "\n\n".join(
-            f"{k}. Instruction: {t['instruction']}\n{k}. Input: {t['input']}\n"
-            f"{k}. Output: {t['output']}"
-            + (f"\n{k}. Category: {t['category']}" if with_category else "")
-            for k, t in enumerate(made, 4)
-        )
-
-    def _task(self, chance: random.Random) -> dict[str, str]:
-        verb, count = chance.choice(VERBS), self.behaviour.words
-        instruction = f"{verb} the {_words(chance, chance.randint(6, 14))}."
-        if chance.random() < self.behaviour.junk:
-            instruction = chance.choice(
-                ("Summarise this.", f"Draw a {_words(chance, 5)}.", "Explain the finding to them.")
-            )
-        length = chance.randint(count // 2, count + count // 2)
-        return {
-            "instruction": instruction,
-            "input": _words(chance, length),
-            "output": _words(chance, length),
-        }
-
-
-def _words(chance: random.Random, count: int) -> str:
-    parts = PARTS.split()
-    return " ".join("".join(chance.choices(parts, k=3)) for _ in range(count))
 
 
 @contextlib.contextmanager

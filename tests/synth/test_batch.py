@@ -257,8 +257,90 @@ def test_a_bill_above_its_reservation_aborts(make: Make, server: Any) -> None:
         make()
 
 
+def noted(done: list[str], name: str, real: Callable[..., None]) -> Callable[..., None]:
+    """A function that notes its name and does what the real one does."""
+
+    def call(*args: Any) -> None:
+        done.append(name)
+        real(*args)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {},
+        {"batch_errors": 0.2, "batch_end": ("expired", 0.6)},
+        {"batch_cuts": 1},
+        {"faults": {"500": 0.1, "429": 0.1}},
+    ],
+    ids=["well", "expired", "cut", "faults"],
+)
+def test_files_are_deleted_once_their_answers_are_on_disk(
+    make: Make,
+    server: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    behaviour: dict[str, Any],
+) -> None:
+    from bioinstruct.synth.batch_api import BatchApi
+    from bioinstruct.synth.journal import Journal
+
+    done: list[str] = []
+    for what, name in ((Journal, "sync"), (Journal, "batch_ended"), (BatchApi, "delete")):
+        monkeypatch.setattr(what, name, noted(done, name, getattr(what, name)))
+    for name, value in behaviour.items():
+        setattr(server.behaviour, name, value)
+    check_books(server, tmp_path / "run", make({"requests": 6, "tail": 0}))
+    assert len(server.batches) > 1
+    assert server.files == {}
+    assert done[done.index("delete") - 2 :][:2] == ["batch_ended", "sync"]
+    assert "batch_0: deleted its files at the provider (file-1, file-2" in capsys.readouterr().err
+
+
+def test_files_may_stay(make: Make, server: Any, tmp_path: Path) -> None:
+    check_books(server, tmp_path / "run", make({"tail": 0, "keep_files": True}))
+    assert len(server.files) >= 2 * len(server.batches)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [((500, {"message": "not now"}), "HTTP 500: not now"), ((405, {"message": "no"}), "405")],
+    ids=["fails", "unknown"],
+)
+def test_files_that_cannot_be_deleted_are_told(
+    make: Make,
+    server: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answer: tuple[int, dict[str, str]],
+    said: str,
+) -> None:
+    monkeypatch.setattr("bioinstruct.synth.batch_api.BACKOFF_S", 0.001)
+    server.behaviour.delete_error = answer
+    check_books(server, tmp_path / "run", make({"tail": 0}))
+    told = capsys.readouterr().err
+    assert "batch_0: files stay at the provider (file-1, file-2): " in told
+    assert said in told
+    assert len(server.files) >= 2 * len(server.batches)
+
+
+def test_files_with_what_could_not_be_read_stay(
+    make: Make, server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.behaviour.batch_hidden = 0.3
+    make({"tail": 0})
+    told = capsys.readouterr().err
+    assert "answers are missing, 0 lines belong to no request; its files stay" in told
+    assert len(server.files) >= 2
+
+
 def test_files_are_split_by_size(make: Make, server: Any, tmp_path: Path) -> None:
-    check_books(server, tmp_path / "run", make({"size_bytes": 20_000, "tail": 0}))
+    how = {"size_bytes": 20_000, "tail": 0, "keep_files": True}
+    check_books(server, tmp_path / "run", make(how))
     assert len(server.batches) > 2
     assert max(map(len, (f for f in server.files.values() if b'"method"' in f))) <= 20_000
 

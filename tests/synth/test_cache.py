@@ -11,8 +11,8 @@ from bioinstruct.synth import batch, generate
 from bioinstruct.synth.batching import Batching
 from bioinstruct.synth.cache import Cache
 from bioinstruct.synth.endpoint import read_response
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.generation import Result
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.report import status
 from bioinstruct.synth.totals import read_totals
 
@@ -106,5 +106,5 @@ def test_a_broken_file_is_named(tmp_path: Path, make: Make) -> None:
 
 def test_a_cache_that_cannot_be_written_stops_the_run(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="--cache needs a folder, and .*file is a file"):
         make(cache=tmp_path / "file" / "cache")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from bioinstruct.synth import batch, generate
 from bioinstruct.synth.batching import Batching
-from bioinstruct.synth.engine import Limits
 from bioinstruct.synth.generation import Result
+from bioinstruct.synth.pace import Limits
 from bioinstruct.synth.plan import Plan, Settings
 from bioinstruct.synth.prompting import NEW, read_prompt
 from bioinstruct.synth.questions import ROUND, rotated, wanted_tasks
@@ -30,18 +30,11 @@ ROUNDS = {"rotate": 2, "quotas": "paper", "facets": "topic"}
 
 
 @pytest.fixture
-def options(server: Any, tmp_path: Path) -> dict[str, Any]:
+def options(local: dict[str, Any], server: Any) -> dict[str, Any]:
+    """Runs with the installed seeds, for nothing."""
     server.behaviour.tasks = 3
-    return {
-        "out": tmp_path / "run",
-        "n": 400,
-        "model": "local",
-        "base_url": server.url,
-        "price_in": 0.0,
-        "price_out": 0.0,
-        "max_tokens": 2000,
-        "limits": Limits(concurrency=16, timeout_s=30),
-    }
+    free = {"price_in": 0.0, "price_out": 0.0, "budget": None}
+    return local | free | {"n": 400, "seeds": None, "max_tokens": 2000}
 
 
 @pytest.fixture

@@ -173,6 +173,52 @@ def test_a_host_that_no_name_server_knows(
     assert end(out) == whole
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--base-url", "http://127.0.0.1:99999/v1"], "--base-url must be like"),
+        (["--base-url", "http://127.0.0.1:port/v1"], "--base-url must be like"),
+        (["--base-url", "http://[::1/v1"], "--base-url must be like"),
+        (["--base-url", "ftp://127.0.0.1/v1"], "--base-url must be like"),
+        (["--base-url", "https://a.invalid/v1?version=1"], "--base-url must be like"),
+        (["--base-url", "https://a .invalid/v1"], "--base-url must be like"),
+        (["--base-url", "https://me:sesame@a.invalid/v1"], "--base-url must hold no password"),
+        (["--base-url", "http://127.0.0.1/v1/chat/completions"], "ends before /chat/completions"),
+        (["--out", "{file}"], "--out needs a folder, and {file} is a file; choose another --out"),
+        (["--out", "{file}/a/b"], "--out needs a folder, and {file} is a file"),
+        (["--cache", "{file}"], "--cache needs a folder, and {file} is a file"),
+        (["--seeds", "{folder}"], "Is a directory: {folder}"),
+        (["--seeds", "{file}"], "{file} is empty"),
+        (["--seeds", "{folder}/none"], "No such file or directory: {folder}/none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "=".join(value),
+)
+def test_what_a_user_may_get_wrong(
+    command: Command, server: Any, tmp_path: Path, option: list[str], said: str
+) -> None:
+    (tmp_path / "file").touch()
+    places = {"file": tmp_path / "file", "folder": tmp_path}
+    line = command(tmp_path / "run", *(part.format(**places) for part in option))
+    assert said.format(**places) in stopped(line, 1)
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("ending", ["bom", "crlf"])
+def test_seeds_as_other_systems_write_them(
+    command: Command, seeds: Path, tmp_path: Path, whole: bytes, ending: str
+) -> None:
+    raw = seeds.read_bytes()
+    seeds.write_bytes(b"\xef\xbb\xbf" + raw if ending == "bom" else raw.replace(b"\n", b"\r\n"))
+    subprocess.run(command(tmp_path / "run"), check=True, capture_output=True)
+    assert (tmp_path / "run" / RECORDS).read_bytes() == whole
+
+
+def test_no_budget_at_all(command: Command, server: Any, tmp_path: Path) -> None:
+    said = stopped(command(tmp_path / "run", "--budget", 0), 3)
+    assert said.endswith("0 of 120 records are there; raise it with --budget")
+    assert server.seen == []
+
+
 def test_an_answer_of_a_megabyte(command: Command, server: Any, tmp_path: Path) -> None:
     long = {"instruction": "Summarise the long note.", "input": "a", "output": "b " * 2**19}
     server.behaviour.content = json.dumps({"tasks": [long]})

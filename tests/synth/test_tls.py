@@ -162,3 +162,19 @@ def test_this_machine_is_asked_without_a_proxy(
         )
     assert done.returncode == 0, done.stderr
     assert proxy.asked == []
+
+
+@pytest.mark.parametrize(
+    "proxy_url", ["nothing", "socks5://127.0.0.1:1", "http://127.0.0.1:99999", "http://me:sesame@"]
+)
+def test_a_proxy_that_is_no_address(server: Any, tmp_path: Path, proxy_url: str) -> None:
+    code, said = run(server, tmp_path, HTTPS_PROXY=proxy_url)
+    assert code == 1
+    assert "error: HTTPS_PROXY must be like http://host:3128" in said
+    assert "sesame" not in said
+
+
+def test_an_authority_that_is_no_file(server: Any, tmp_path: Path) -> None:
+    code, said = run(server, tmp_path, SSL_CERT_FILE=str(tmp_path / "none.pem"))
+    assert code == 1
+    assert f"error: SSL_CERT_FILE names no file ({tmp_path / 'none.pem'}); correct or" in said
