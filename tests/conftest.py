@@ -35,6 +35,9 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 # a busy machine is no failure; what is slow shows among the durations that make test prints
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+# a shell that starts the suite in the background has it ignore Ctrl-C, and so all its children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # the models of most tests are so small that a second thread only waits for the first
 torch.set_num_threads(1)
 
