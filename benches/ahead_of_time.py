@@ -13,6 +13,7 @@ compilers and kernels to, for the version of Triton that ran; tests/kernels/with
 with another one.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -31,7 +32,9 @@ import click  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from bioinstruct.benches.halves import layer_calls, leaf, masks  # noqa: E402
 from bioinstruct.benches.harness import report  # noqa: E402
+from bioinstruct.benches.workload import SHAPES as MODELS  # noqa: E402
 from bioinstruct.kernels import (  # noqa: E402
     Branch,
     Dropout,
@@ -44,12 +47,10 @@ from bioinstruct.kernels import (  # noqa: E402
     swiglu,
 )
 from bioinstruct.kernels.adamw import adamw_, clip_factor_tensor, global_norm  # noqa: E402
-from bioinstruct.kernels.augmented import Augmented, Use  # noqa: E402
 from bioinstruct.kernels.dispatch import HAS_TRITON, Launch, recorded  # noqa: E402
 from bioinstruct.kernels.gemm_lora import gemm_lora  # noqa: E402
-from bioinstruct.kernels.lora import group_of  # noqa: E402
 from bioinstruct.kernels.mirror import Mirror, Place  # noqa: E402
-from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_mlp  # noqa: E402
+from bioinstruct.model.adapters import TARGETS  # noqa: E402
 from bioinstruct.synth import console  # noqa: E402
 from bioinstruct.synth.files import write_text  # noqa: E402
 
@@ -79,82 +80,65 @@ SHAPES = Shape(4096, 11008, 32000), Shape(5120, 13824, 32000), Shape(4096, 14336
 # ---- what training launches --------------------------------------------------------------------
 
 
-def _leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-
 def _run_width(shape: Shape) -> None:
     """Norms, gate and loss forward and backward; the head's width does not matter to its kernel."""
-    x, delta, gain = _leaf(TOKENS, shape.D), _leaf(TOKENS, shape.D), _leaf(shape.D)
+    x, delta, gain = leaf(TOKENS, shape.D), leaf(TOKENS, shape.D), leaf(shape.D)
     h, y = add_rmsnorm(x, delta, gain)
     (h + y + rmsnorm(x, gain)).sum().backward()
-    swiglu(_leaf(TOKENS, 2 * shape.F)).sum().backward()
+    swiglu(leaf(TOKENS, 2 * shape.F)).sum().backward()
     rows = torch.arange(8)
-    linear_cross_entropy(_leaf(8, 16), torch.zeros(shape.V, 16).bfloat16(), rows, rows).backward()
+    linear_cross_entropy(leaf(8, 16), torch.zeros(shape.V, 16).bfloat16(), rows, rows).backward()
     with torch.no_grad():
-        linear_cross_entropy(_leaf(8, 16), torch.zeros(shape.V, 16).bfloat16(), rows, rows)
+        linear_cross_entropy(leaf(8, 16), torch.zeros(shape.V, 16).bfloat16(), rows, rows)
 
 
 def _run_lora(R: int, p: float) -> None:
-    zeros = torch.zeros(TOKENS, dtype=torch.int64)
-    dropout = Dropout(p, 2**32 - 1, zeros, zeros) if p else None
-    a, b = _leaf(R, 4096, dtype=torch.float32), _leaf(4096, R, dtype=torch.float32)
-    y = lora_linear(_leaf(TOKENS, 4096), _leaf(4096, 4096).detach(), [Branch(a, b, 0)], 2, dropout)
+    dropout = masks(TOKENS, p)
+    a, b = leaf(R, 4096, dtype=torch.float32), leaf(4096, R, dtype=torch.float32)
+    y = lora_linear(leaf(TOKENS, 4096), leaf(4096, 4096).detach(), [Branch(a, b, 0)], 2, dropout)
     y.sum().backward()
 
 
-def _run_halves(shape: Shape, R: int, p: float) -> None:
-    """Both halves of a layer over augmented buffers, all projections adapted, or only q and down.
+def _run_layer(shape: Shape, R: int, p: float) -> None:
+    """A layer over augmented buffers, all projections adapted, or only q and down.
 
     On the meta device: nothing is computed, and the products' memory is not there.
     """
+    config = dataclasses.replace(
+        MODELS["llama-7b"],
+        hidden_size=shape.D,
+        intermediate_size=shape.F,
+        num_heads=shape.D // 128,
+        num_kv_heads=shape.D // 128,
+    )
     with torch.device("meta"):
-        T, D, E, H = TOKENS, shape.D, 128, shape.D // 128
-        zeros = torch.zeros(T, dtype=torch.int64)
-        dropout = Dropout(p, 2**32 - 1, zeros, zeros) if p else None
-        table = Rotation(torch.zeros(T, E // 2), torch.zeros(T, E // 2))
-        for every in (True, False):
-            qkv = _use(D, (D, D, D) if every else (D,), 3 * D, R, dropout)
-            gate_up = _use(D, (shape.F, shape.F) if every else (), 2 * shape.F, R, dropout)
-            down = _use(shape.F, (D,), D, R, dropout)
-            norm = Norm(_leaf(D).detach(), 1e-5, 8 * (R // 8))
-            x_TD, heads = norm_heads(_leaf(T, D), _leaf(T, D), norm, qkv, table, H)
-            h_TD, y_TD = norm_mlp(x_TD, heads.q_THE.reshape(T, D), norm, gate_up, down)
-            (h_TD + y_TD + sum(part.reshape(T, D) for part in heads)).sum().backward()
-
-
-def _use(K: int, rows: tuple[int, ...], N: int, R: int, dropout: Dropout | None) -> Use:
-    starts = itertools.accumulate((0, *rows[:-1]))
-    leaves = [(_leaf(R, K, dtype=torch.float32), _leaf(n, R, dtype=torch.float32)) for n in rows]
-    branches = [
-        Branch(a, b, start, number=i)
-        for i, ((a, b), start) in enumerate(zip(leaves, starts, strict=False))
-    ]
-    buffer = Augmented(_leaf(N, K).detach(), branches)
-    return Use(buffer, group_of(branches, 2.0, dropout, 3, fused=True))
+        for adapted in (tuple(TARGETS), ("q_proj", "down_proj")):
+            for call in layer_calls(config, TOKENS, R, p, adapted).values():
+                call()
 
 
 def _run_rest() -> None:
     table = Rotation(*(torch.zeros(TOKENS, 64) for _ in range(2)))
     for heads in (4, 2):
-        torch.cat(split_rope(_leaf(TOKENS, 6 * 128), table, heads), 1).sum().backward()
+        torch.cat(split_rope(leaf(TOKENS, 6 * 128), table, heads), 1).sum().backward()
     zeros = torch.zeros(TOKENS, dtype=torch.int64)
     Dropout(0.1, 2**32 - 1, zeros, zeros).mask(3, 4096, torch.bfloat16)
     p, g, m, v = torch.zeros(4, 4096)
-    for plus in (None, torch.zeros(4096, dtype=torch.bool)):
-        adamw_(p, g, m, v, lr=1e-4, step=1, plus_P=plus, plus_ratio=16.0)
+    mirror = Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)], 4096)
+    mirror.refresh(p)
+    for copies in (None, mirror):
+        mirror.version = p._version
+        adamw_(p, g, m, v, lr=1e-4, step=1, mirror=copies)
     adamw_(p, g, m, v, lr=1e-4, step=1, grad_factor=clip_factor_tensor(p[0], 1.0))
     global_norm(g)
-    Mirror([Place(0, torch.zeros(4, 1024).bfloat16(), 1.0)]).refresh(p)
 
 
 def _run_gemm_lora(R: int, p: float) -> None:
     """Both directions at the tiles for unknown GPUs."""
-    x, w, t, b = (torch.zeros(s).bfloat16() for s in ((96, 4096), (4096, 4096), (96, R), (4096, R)))
-    zeros = torch.zeros(96, dtype=torch.int64)
-    dropout = Dropout(p, 2**32 - 1, zeros, zeros) if p else None
+    sizes = (TOKENS, 4096), (4096, 4096), (TOKENS, R), (4096, R)
+    x, w, t, b = (torch.zeros(size).bfloat16() for size in sizes)
     gemm_lora(x, w, t, b)
-    gemm_lora(x, w.T, t, b.T.contiguous().T, dropout)
+    gemm_lora(x, w.T, t, b.T.contiguous().T, masks(TOKENS, p))
 
 
 def launches() -> list[Launch]:
@@ -167,7 +151,7 @@ def launches() -> list[Launch]:
             if R in (16, 64):
                 _run_gemm_lora(R, p)
             for shape in SHAPES:
-                _run_halves(shape, R, p)
+                _run_layer(shape, R, p)
         _run_rest()
     # numbers differ from launch to launch, what is compiled does not
     return list({name_of(call): call for call in calls}.values())

@@ -128,6 +128,8 @@ def _train(tiny: bool, rounds: str) -> Iterator[Job]:
     if tiny:
         small = ("--model", "tiny", "--steps", "4", "--pack-tokens", "300", "--sustain", "0")
         yield Job("tiny", "train_run", (*small, "--profile"), 60)
+        yield Job("tiny sharded", "train_run", (*small, "--shard", "full"), 60)
+        yield Job("demo", "demo_run", ("--tiny",), 120)
         yield Job(
             "peers tiny", "peers_step", (*_step("tiny", 2, 16, 1), "--rounds", "1"), 60, PEERS
         )
@@ -136,3 +138,7 @@ def _train(tiny: bool, rounds: str) -> Iterator[Job]:
         yield Job(model, "train_run", ("--model", model, "--steps", "100", "--profile"), 180)
         options = ("--dtype", "bfloat16", "--checkpointing", "--rounds", "1")
         yield Job(f"peers {model}", "peers_step", (*_step(model, 32, 256, 5), *options), 300, PEERS)
+    # weights gathered from shards before each block computes, against the first line above
+    sharded = ("--model", "llama-7b", "--steps", "20", "--shard", "full", "--profile")
+    yield Job("llama-7b sharded", "train_run", sharded, 150)
+    yield Job("demo", "demo_run", (), 300)

@@ -49,7 +49,7 @@ class _GraphSplit(torch.autograd.Function):
         given: _Given = ctx.given
         dy_TN, ds_TR = dy_TN.contiguous(), torch.empty_like(t_TR)
         parts_PNR = skinny.shrink_dy(dy_TN, b_NR.contiguous(), t_TR, ds_TR, given.scale)
-        db_NR = skinny.add_gradient(b_NR, parts_PNR)
+        (db_NR,) = skinny.settled([skinny.Parts(b_NR, parts_PNR)])
         da_RK = torch.mm(ds_TR.T, inner_TK).to(a_RK.dtype)
         dx_TK = gemm_lora(dy_TN, w_NK.T, ds_TR, a_RK.T, given.dropout, given.site)
         return dx_TK, None, None, da_RK, db_NR

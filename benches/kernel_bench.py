@@ -52,9 +52,13 @@ class Machine(NamedTuple):
     """Of bfloat16 products, sustained."""
     bytes_per_s: float
     """Read plus written by a copy."""
+    launch_s: float
+    """Of each kernel, beside its work."""
+    narrow_share: float
+    """What the rank-wide passes that stand alone reach of the copy's rate."""
 
 
-ASSUMED = Machine("H200", 790e12, 4.3e12)
+ASSUMED = Machine("H200", 790e12, 4.3e12, 2e-6, 0.85)
 
 
 class Work(NamedTuple):
@@ -68,6 +72,12 @@ class Work(NamedTuple):
     """Of the frozen products alone; 0 for an op without any."""
     floor_bytes: int = 0
     """What the frozen op moves beside its products."""
+    launches: int = 0
+    """Kernels and products; 0 where only their work is predicted."""
+    floor_launches: int = 0
+    """Of the frozen op."""
+    narrow_bytes: int = 0
+    """Of moved_bytes, those of rank-wide passes that stand alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +112,19 @@ def predict(bench: Bench, shape: Shape, itemsize: int) -> dict[str, Any]:
 
 
 def _prediction(work: Work) -> dict[str, Any]:
-    seconds = work.flops / ASSUMED.flops_per_s + work.moved_bytes / ASSUMED.bytes_per_s
-    floor_s = work.floor_flops / ASSUMED.flops_per_s + work.floor_bytes / ASSUMED.bytes_per_s
+    slowed = work.moved_bytes + work.narrow_bytes * (1 / ASSUMED.narrow_share - 1)
+    seconds = _seconds(work.flops, slowed, work.launches)
+    floor_s = _seconds(work.floor_flops, work.floor_bytes, work.floor_launches)
     return {
         **work._asdict(),
         "predicted_seconds": seconds,
         "predicted_ratio_to_frozen": seconds / floor_s if floor_s else None,
     }
+
+
+def _seconds(flops: int, moved_bytes: float, launches: int) -> float:
+    arithmetic_s = flops / ASSUMED.flops_per_s
+    return arithmetic_s + moved_bytes / ASSUMED.bytes_per_s + launches * ASSUMED.launch_s
 
 
 class Rates(NamedTuple):

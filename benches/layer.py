@@ -11,14 +11,14 @@ the LoRA formula:
     gemms      its library products alone, y = x W^T and dx = dy W of its four fused weights
     eager, eager32, manual, split
                the formulas of lora_kernel.py
-Bytes beyond the products are those of lora_kernel.py for every group, and of the ops around them;
-`frozen` in a prediction is the products and these ops.
+In a prediction, frozen is the augmented layer without adapters, whose ops are the same ones; what
+the other formulas add to it is lora_kernel.py's for every group.
 """
 
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ from torch import Tensor
 
 from bioinstruct.benches import lora_kernel
 from bioinstruct.benches.graph_split import graph_split
+from bioinstruct.benches.halves import layer_passes
 from bioinstruct.benches.kernel_bench import Bench, Call, Shape, Work, main
 from bioinstruct.benches.lora_kernel import eager_in_float32
+from bioinstruct.benches.traffic import Pass, total
 from bioinstruct.benches.train_step import check_gradients
 from bioinstruct.benches.workload import SHAPES, make_model
 from bioinstruct.kernels import (
@@ -73,43 +75,53 @@ def groups_of(shape: Shape) -> list[Shape]:
     return groups
 
 
-def around(shape: Shape, itemsize: int) -> tuple[int, int]:
-    """Bytes and FLOPs of the ops around the linears: norms, rotation, attention, SwiGLU."""
+def attention_pass(shape: Shape, itemsize: int) -> Pass:
+    """Heads read and written, at half the products' rate, as FlashAttention 2 was seen to run."""
     config, T = config_of(shape), shape["T"]
-    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
-    H, G = config.num_heads, config.num_kv_heads
-    # two norms with their residual additions, rotation of q and k each way, SwiGLU
-    moved = itemsize * T * (16 * D + (4 * H + 6 * G) * E + 8 * F)
-    moved += itemsize * T * E * (6 * H + 6 * G)  # attention reads and writes its heads
-    return moved, 7 * T * (shape["length"] + 1) * H * E
+    H, G, E = config.num_heads, config.num_kv_heads, config.head_dim
+    products = 7 * T * (shape["length"] + 1) * H * E
+    return Pass("attention", 6 * itemsize * T * (H + G) * E, 2 * products)
 
 
-def _with_rest(works: list[Work], shape: Shape, itemsize: int) -> Work:
-    moved, flops = around(shape, itemsize)
+def layer_work(shape: Shape, itemsize: int, adapted: Collection[str]) -> Work:
+    """The layer over augmented buffers, where these have adapters, to the frozen one."""
+    given = config_of(shape), shape["T"], shape["R"], shape["p"]
+    attention = attention_pass(shape, itemsize)
+    own, plain = (
+        [attention, *(x for part in layer_passes(*given, targets).values() for x in part)]
+        for targets in (adapted, ())
+    )
+    return total(own, plain)
+
+
+def _with_linears(frozen: Work, linears: Sequence[Work]) -> Work:
+    """A frozen layer, whose products are replaced by what its linears do."""
     return Work(
-        sum(w.moved_bytes for w in works) + moved,
-        sum(w.flops for w in works) + flops,
-        sum(w.floor_flops for w in works) + flops,
-        moved,
+        moved_bytes=frozen.moved_bytes + sum(w.moved_bytes for w in linears),
+        flops=frozen.flops + sum(w.flops - w.floor_flops for w in linears),
+        floor_flops=frozen.flops,
+        floor_bytes=frozen.moved_bytes,
+        launches=frozen.launches + sum(w.launches - w.floor_launches for w in linears),
+        floor_launches=frozen.launches,
+        narrow_bytes=sum(w.narrow_bytes for w in linears),
     )
 
 
 def work(shape: Shape, itemsize: int) -> Work:
     """Ours: lora_linear for every group, and the ops around."""
-    return _with_rest([lora_kernel.work(g, itemsize) for g in groups_of(shape)], shape, itemsize)
+    frozen = layer_work(shape, itemsize, ())
+    return _with_linears(frozen, [lora_kernel.work(g, itemsize) for g in groups_of(shape)])
 
 
 def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
-    """The other formulas', and the two floors'."""
-    each = [lora_kernel.rival_work(g, itemsize) for g in groups_of(shape)]
-    works = {name: _with_rest([w[name] for w in each], shape, itemsize) for name in each[0]}
-    whole = works["augmented"]
-    products = sum(w["augmented"].floor_flops for w in each)
-    return {
-        **works,
-        "frozen": Work(whole.floor_bytes, whole.floor_flops, whole.floor_flops, whole.floor_bytes),
-        "gemms": Work(0, products, whole.floor_flops, whole.floor_bytes),
-    }
+    """The augmented layer's, the other formulas', and the two floors'."""
+    frozen, groups = layer_work(shape, itemsize, ()), groups_of(shape)
+    each = [lora_kernel.formulas(group, itemsize) for group in groups]
+    works = {name: _with_linears(frozen, [w[name] for w in each]) for name in each[0]}
+    whole = layer_work(shape, itemsize, TARGETS)
+    products = sum(lora_kernel.floor(group, itemsize).flops for group in groups)
+    gemms = whole._replace(moved_bytes=0, narrow_bytes=0, flops=products, launches=2 * len(groups))
+    return {"augmented": whole, **works, "frozen": frozen, "gemms": gemms}
 
 
 class Case:

@@ -12,9 +12,11 @@ Variants, each forward and backward:
     manual     one autograd function that adds the branches in place by library products
     split      the graph split at the rank-wide tensors, the update in the GEMM (graph_split.py)
 
-Ours moves, beyond the frozen products: x read for t and for dA, dy read for ds and dB, y and dx
-read and written where the branch is added, the rank's own tensors and the float32 parts of split
-sums; with dropout G is written, and dx is not read and written again beyond that product.
+A prediction knows one form more, `fused`: the passes taken into the norms, the rotation and the
+gate of a layer, of which it holds what the adapters add (halves.py); gate_up and down are one part
+there and have one figure. That form is timed by layer.py. What our own forms move is counted from
+the launches that their code makes (traffic.py); of the other formulas every pass over memory
+counts, nothing cached.
 """
 
 from typing import Any
@@ -24,12 +26,14 @@ from torch import Tensor
 
 from bioinstruct.benches.budget import check, normal
 from bioinstruct.benches.graph_split import graph_split
+from bioinstruct.benches.halves import layer_passes
 from bioinstruct.benches.kernel_bench import Bench, Call, Shape, Work, main
+from bioinstruct.benches.traffic import passes, total
+from bioinstruct.benches.workload import SHAPES as MODELS
 from bioinstruct.kernels import Branch, Dropout, dispatch, lora_linear
 from bioinstruct.kernels.augmented import Augmented, augmented_linear
 from bioinstruct.kernels.lora import lora_linear_reference
 from bioinstruct.kernels.rows import with_room
-from bioinstruct.kernels.skinny import row_split
 
 LINEARS = {
     # name: K, rows of each projection of the group
@@ -46,6 +50,7 @@ LINEARS = {
     "llama-13b qkv": (5120, [5120, 5120, 5120]),
 }
 TOKENS = 8192, 2048, 16384
+TYPES = {2: torch.bfloat16, 4: torch.float32}
 SCALE, SITE = 2.0, 3
 TRITON_SHARE = 0.95
 """What a Triton product is predicted to reach of the library's rate; the probe measures it."""
@@ -66,78 +71,84 @@ TINY: list[Shape] = [
 ]
 
 
-def kernel_bytes(shape: Shape, itemsize: int) -> int:
-    """What our kernels load and store once each, forward and backward, beside library products."""
-    T, K, R = int(shape["T"]), int(shape["K"]), int(shape["R"])
-    rows: list[int] = shape["rows"]
-    ranks = R * len(rows)
-    total = itemsize * (T * K + ranks * K + T * ranks)  # shrink: x and A read, t written
-    for N in rows:
-        columns, (splits, _) = -(-N // 128), row_split(T, -(-N // 128), 32)
-        total += itemsize * (T * N + T * R) + 4 * N * R  # shrink_dy: dy, t and B read
-        total += 2 * 4 * R * (columns * T + splits * N)  # the parts written and read
-        total += itemsize * T * R + 2 * 4 * N * R  # ds written, dB added to
-    splits, _ = row_split(T, -(-K // 128), 32)
-    total += itemsize * (T * K + T * ranks)  # gradient_of_a: x and ds read
-    total += 2 * 4 * splits * ranks * K + 2 * 4 * ranks * K  # parts, then dA added to
-    if shape["p"]:
-        # masked_expand: ds and A read, G written; tokens' counters, 16 bytes, three times
-        total += itemsize * (T * ranks + ranks * K + T * K) + 3 * 16 * T
-    return total
+def _on_meta(shape: Shape, itemsize: int) -> "_Inputs":
+    return _Inputs(shape, TYPES[itemsize], torch.device("meta"))
+
+
+def floor(shape: Shape, itemsize: int) -> Work:
+    """Of the frozen products."""
+    found = passes(_on_meta(shape, itemsize).frozen())
+    return total(found, found)
 
 
 def work(shape: Shape, itemsize: int) -> Work:
-    """Kernels as above; the products add the branch to y, and to dx without dropout, in place."""
-    T, K, N = shape["T"], shape["K"], sum(shape["rows"])
-    # adding in place reads and writes the result once more; reading G rides in the product
-    in_place = 2 * itemsize * T * N + (itemsize if shape["p"] else 2 * itemsize) * T * K
-    floor = 4 * T * N * K
-    return Work(kernel_bytes(shape, itemsize) + in_place, floor + _branch_flops(shape), floor)
-
-
-def _branch_flops(shape: Shape) -> int:
-    """t, ds, dA and dB, and the branch's share of y and dx."""
-    T, K, N, R = shape["T"], shape["K"], sum(shape["rows"]), shape["R"]
-    return int(6 * T * (K * R * len(shape["rows"]) + N * R))
+    """Of lora_linear."""
+    given = _on_meta(shape, itemsize)
+    found = passes(lambda: given.backward(lora_linear, given.branches))
+    return total(found, passes(given.frozen()))
 
 
 def rival_work(shape: Shape, itemsize: int) -> dict[str, Work]:
-    """Augmented as we wrote it; the eager formulas as upper bounds, pass by pass, nothing cached.
+    """Augmented and fused as their code does it; the other formulas as upper bounds."""
+    given = _on_meta(shape, itemsize)
+    works = {"augmented": total(passes(given.augmented()), passes(given.frozen()))}
+    if itemsize == 2 and shape["linear"].split()[0] in MODELS:
+        works["fused"] = fused_work(shape)
+    return works | formulas(shape, itemsize)
+
+
+def fused_work(shape: Shape) -> Work:
+    """The frozen products of the group's part of a layer, and what adapters add to that part."""
+    model, group = shape["linear"].split()
+    given = MODELS[model], shape["T"], shape["R"], shape["p"]
+    part = {"gate_up": "mlp", "down": "mlp"}.get(group, group)
+    plain = layer_passes(*given, ())[part]
+    work = total(layer_passes(*given)[part], plain)
+    products = sum(x.is_bound_by_arithmetic for x in plain)
+    return work._replace(
+        moved_bytes=work.moved_bytes - work.floor_bytes,
+        launches=work.launches - work.floor_launches + products,
+        floor_bytes=0,
+        floor_launches=products,
+    )
+
+
+def formulas(shape: Shape, itemsize: int) -> dict[str, Work]:
+    """Of the rivals, pass by pass.
 
     eager reads x, y and their gradients once for each of its operations on them: 12*T*K + 20*T*N
     bytes in bfloat16, 10*T*K more with dropout; PEFT's float32 adapters 32*T*K more again. manual
     moves 10*T*K + 10*T*N. A projection of a group does its own passes over x. split is taken to
     reach TRITON_SHARE of the library's rate.
     """
-    T, K, N = shape["T"], shape["K"], sum(shape["rows"])
-    floor, flops = 4 * T * N * K, _branch_flops(shape)
-    # B of one projection meets the ranks of all: zeros, but multiplied
-    off_diagonal = 2 * T * N * shape["R"] * (len(shape["rows"]) - 1)
-    added = itemsize * T * K if shape["p"] else 0
-    each = T * K * len(shape["rows"]) * itemsize // 2
-    wide = T * N * itemsize // 2
-    moved = {
-        "eager": (22 if shape["p"] else 12) * each + 20 * wide,
-        "eager32": 54 * each + 20 * wide,
-        "manual": 10 * each + 10 * wide,
-    }
-    works = {name: Work(count, floor + flops, floor) for name, count in moved.items()}
+    T, K, N, count = shape["T"], shape["K"], sum(shape["rows"]), len(shape["rows"])
+    each, wide = T * K * count * itemsize // 2, T * N * itemsize // 2
+    frozen, dropped = floor(shape, itemsize), 1 if shape["p"] else 0
+
+    def moving(moved_bytes: int, launches: int) -> Work:
+        launches = frozen.launches + count * launches
+        return frozen._replace(moved_bytes=moved_bytes, launches=launches)
+
     # t, ds with dB and dA read x, dy and x; with dropout the masked x is written and read
-    passes = (8 if shape["p"] else 4) * each + 2 * wide
-    works["split"] = Work(passes, int((floor + flops) / TRITON_SHARE), floor)
-    whole = floor + flops + off_diagonal
-    return {"augmented": Work(kernel_bytes(shape, itemsize) + added, whole, floor), **works}
+    split = moving((4 + 4 * dropped) * each + 2 * wide, 5 + dropped)
+    return {
+        "eager": moving((12 + 10 * dropped) * each + 20 * wide, 10 + 2 * dropped),
+        "eager32": moving(54 * each + 20 * wide, 14),
+        "manual": moving(10 * each + 10 * wide, 8),
+        "split": split._replace(flops=int(frozen.flops / TRITON_SHARE)),
+    }
 
 
 class _Inputs:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         T, K, rows, R = shape["T"], shape["K"], shape["rows"], shape["R"]
-        generator = torch.Generator(device).manual_seed(0)
+        generator = None
+        if device.type != "meta":
+            generator = torch.Generator(device).manual_seed(0)
 
         def random(*size: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(size, device=device, dtype=dtype).normal_(
-                0, std, generator=generator
-            )
+            empty = torch.empty(size, device=device, dtype=dtype)
+            return empty.normal_(0, std, generator=generator)
 
         self.x, self.dy = random(T, K).requires_grad_(), random(T, sum(rows))
         self.w = random(sum(rows), K, std=K**-0.5)
@@ -151,6 +162,35 @@ class _Inputs:
             self.branches.append(Branch(a, b, start))
             start += N
         self.dropout = masks(shape, device)
+
+    def backward(self, op: Any, branches: list[Branch]) -> None:
+        """Run one formula forward and backward; the input's gradient is dropped."""
+        self.x.grad = None
+        op(self.x, self.w, branches, SCALE, self.dropout, SITE).backward(self.dy)
+
+    def frozen(self) -> Call:
+        """The products alone."""
+        x, w, dy = self.x.detach(), self.w, self.dy
+        y, dx = torch.empty_like(dy), torch.empty_like(x)
+
+        def call() -> None:
+            torch.mm(x, w.T, out=y)
+            torch.mm(dy, w, out=dx)
+
+        return call
+
+    def augmented(self) -> Call:
+        """Over a buffer, x and dy with room."""
+        buffer = Augmented(self.w, self.branches)
+        x = with_room(self.w, self.x.shape, buffer.room).copy_(self.x.detach())
+        dy = with_room(self.w, self.dy.shape, buffer.room).copy_(self.dy)
+        x.requires_grad_()
+
+        def call() -> None:
+            y = augmented_linear(x, buffer, SCALE, self.dropout, SITE)
+            torch.autograd.grad(y, x, dy)
+
+        return call
 
 
 def masks(shape: Shape, device: torch.device) -> Dropout | None:
@@ -191,37 +231,19 @@ def variants(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str
     for branch in narrow:
         branch.a_RK.requires_grad_()
         branch.b_NR.requires_grad_()
-    buffer = Augmented(given.w, given.branches)
-    x_room = with_room(given.w, given.x.shape, buffer.room).copy_(given.x.detach())
-    dy_room = with_room(given.w, given.dy.shape, buffer.room).copy_(given.dy)
-    x_room.requires_grad_()
-
-    def augmented() -> None:
-        x_room.grad = None
-        augmented_linear(x_room, buffer, SCALE, given.dropout, SITE).backward(dy_room)
-
-    y, dx = torch.empty_like(given.dy), torch.empty_like(given.x, requires_grad=False)
-
-    def backward(op: Any, branches: list[Branch]) -> None:
-        given.x.grad = None
-        op(given.x, given.w, branches, SCALE, given.dropout, SITE).backward(given.dy)
-
-    def frozen() -> None:
-        torch.mm(given.x.detach(), given.w.T, out=y)
-        torch.mm(given.dy, given.w, out=dx)
 
     def manual() -> None:
         with dispatch.forced("reference"):
-            backward(lora_linear, given.branches)
+            given.backward(lora_linear, given.branches)
 
     return {
-        "ours": lambda: backward(lora_linear, given.branches),
-        "augmented": augmented,
-        "frozen": frozen,
-        "eager": lambda: backward(lora_linear_reference, narrow),
-        "eager32": lambda: backward(eager_in_float32, given.branches),
+        "ours": lambda: given.backward(lora_linear, given.branches),
+        "augmented": given.augmented(),
+        "frozen": given.frozen(),
+        "eager": lambda: given.backward(lora_linear_reference, narrow),
+        "eager32": lambda: given.backward(eager_in_float32, given.branches),
         "manual": manual,
-        "split": lambda: backward(graph_split, given.branches),
+        "split": lambda: given.backward(graph_split, given.branches),
     }
 
 

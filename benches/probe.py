@@ -168,6 +168,7 @@ def skinny_passes(probe: Probe, shapes: list[tuple[int, int, int]]) -> Iterator[
                 ds = torch.empty_like(t)
                 calls["t"] = lambda: skinny.shrink(x, a, t, 1.0)
                 calls["ds and dB"] = lambda: skinny.shrink_dy(dy, b.float(), t, ds, 1.0)
+                calls["dA"] = lambda: skinny.gradient_of_a(t, skinny.Source(x))
             return calls
 
         row = _row("skinny", probe.timed(make), "copy", M=M, N=N, K=K, R=R)

@@ -6,6 +6,7 @@ Every target stands in it, reached or not; a measurement that is missing is call
 prediction is never in the column of measurements. Lines of a CPU rehearsal (--tiny) do not count.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ TARGETS = [
     Target("down", "lora_kernel", _linear("llama-7b down", 16, 0.0), "frozen", 1.09),
     Target("down, dropout", "lora_kernel", _linear("llama-7b down", 16, 0.05), "frozen", 1.13),
     Target("q, k, v", "lora_kernel", _linear("llama-7b qkv", 16, 0.0), "frozen", 1.08),
+    Target(
+        "q, k, v of Llama-3-8B", "lora_kernel", _linear("llama-3-8b qkv", 16, 0.0), "frozen", 1.08
+    ),
     Target("decoder layer", "layer", _layer(16, 0.0), "frozen", 1.08),
     Target("decoder layer to its products", "layer", _layer(16, 0.0), "gemms", 1.17),
     Target("decoder layer, r = 64", "layer", _layer(64, 0.0), "frozen", 1.11),
@@ -105,9 +109,18 @@ INTRO = """# Benches
 
 Made by `python benches/report.py` from `benches/results/*.jsonl`; do not edit. `python
 benches/run_all.py --help` tells how the lines are made. Ratios are of times in one process, the
-variants in turn. Predictions are bytes and FLOPs by formula over {flops:.0f} TFLOP/s and
-{bytes:.1f} TB/s ({gpu}), written before any GPU had run; those of other formulas count every pass
-over memory, nothing cached, and so are upper bounds.
+variants in turn. Predictions were written before any GPU had run. They assume {assumed};
+inner dimensions of products round up to 64. Ours are the launches that the code makes
+(benches/traffic.py), each the longer of its bytes and its arithmetic; other formulas count every
+pass over memory, nothing cached, and so are upper bounds.
+"""
+
+
+FORMS = """## Predicted for every form, to the frozen op
+
+No measurement. `fused` is what a group's adapters add to the part of a layer that it stands in
+(gate_up and down stand in one), over its frozen products.
+
 """
 
 
@@ -132,8 +145,12 @@ def read(folder: Path) -> list[Row]:
 
 def render(rows: Sequence[Row]) -> str:
     """The text of benches/README.md."""
-    figures = {"flops": ASSUMED.flops_per_s / 1e12, "bytes": ASSUMED.bytes_per_s / 1e12}
-    parts = [INTRO.format(**figures, gpu=ASSUMED.gpu)]
+    assumed = (
+        f"{ASSUMED.flops_per_s / 1e12:.0f} TFLOP/s and\n{ASSUMED.bytes_per_s / 1e12:.1f} TB/s "
+        f"({ASSUMED.gpu}), of which rank-wide passes that stand alone reach "
+        f"{ASSUMED.narrow_share:.0%}, and {ASSUMED.launch_s * 1e6:.0f} us a launch"
+    )
+    parts = [INTRO.format(assumed=assumed)]
     devices = sorted({row["device"] for row in rows})
     if not devices:
         parts.append(
@@ -143,7 +160,7 @@ def render(rows: Sequence[Row]) -> str:
     for device in devices:
         own = [row for row in rows if row["device"] == device]
         parts.append(_device(device, own))
-    return "\n".join(parts)
+    return "\n".join([*parts, _all_predicted()])
 
 
 def _device(device: str, rows: Sequence[Row]) -> str:
@@ -212,9 +229,7 @@ def _predicted(target: Target, bench: Bench) -> float | None:
     found = predict(bench, shape, 2)["predictions"]
     seconds = {name: values["predicted_seconds"] for name, values in found.items()}
     ours = found.get("augmented", found["ours"])
-    if "frozen" not in seconds:
-        # of an op that is nothing but products with something around them
-        seconds["frozen"] = ours["floor_flops"] / ASSUMED.flops_per_s
+    seconds.setdefault("frozen", ours["predicted_seconds"] / ours["predicted_ratio_to_frozen"])
     return _ratio(seconds, target)
 
 
@@ -225,6 +240,23 @@ def _measured(target: Target, bench: Bench, rows: Sequence[Row]) -> float | None
         if row.get("bench") == bench.name and "seconds" in row and _holds(row, target.shape):
             found = _ratio({name: s["median"] for name, s in row["seconds"].items()}, target)
     return found
+
+
+def _all_predicted() -> str:
+    """Ratios to the frozen op at 8,192 tokens, of every form that has one."""
+    forms = "augmented", "fused", "ours", "split", "manual", "eager", "eager32"
+    body = []
+    for script, model in itertools.product(("layer", "lora_kernel"), ("llama-7b", "llama-3-8b")):
+        bench = BENCHES[script]
+        for shape in bench.shapes:
+            name = str(shape.get("linear", f"{shape.get('layer')} layer"))
+            if shape["T"] != 8192 or not name.startswith(model + " "):
+                continue
+            found = predict(bench, shape, 2)["predictions"]
+            ratios = [found.get(form, {}).get("predicted_ratio_to_frozen") for form in forms]
+            body.append([name, str(shape["R"]), str(shape["p"]), *map(_number, ratios)])
+    names = ["lora_linear" if form == "ours" else form for form in forms]
+    return FORMS + _table(["op", "r", "p", *names], body)
 
 
 def _memory_bound(rows: Sequence[Row]) -> str:
@@ -265,7 +297,7 @@ def _training(rows: Sequence[Row]) -> str:
         peak, expected = row["peak_bytes"] / 1e9, row["expected_bytes"] / 1e9
         body.append(
             [
-                row["model"],
+                row["model"] + (", sharded" if row.get("shard") == "full" else ""),
                 f"{row['tokens_per_s']:,.0f}",
                 _number(row["share_of_gemm_floor"]),
                 _number(row["mfu"]),

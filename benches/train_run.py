@@ -18,12 +18,15 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 from bioinstruct.benches.harness import describe, gpu_state, report, summary
 from bioinstruct.benches.kernel_bench import SUSTAIN_S, rates
@@ -39,6 +42,7 @@ from bioinstruct.train.data.tokens import TokenSet
 from bioinstruct.train.plan.planner import Planner
 from bioinstruct.train.report.metrics import mfu, peak_memory_bytes, step_flops
 from bioinstruct.train.step import Optimizer, train_step
+from bioinstruct.train.weights import sharding
 
 RECORDS = Path(demo.__file__).with_name("records.jsonl.gz")
 PIECE = 4
@@ -96,6 +100,18 @@ def frozen_flops(config: LlamaConfig, T: int, supervised: int) -> int:
     return 4 * linears * T + 4 * config.vocab_size * config.hidden_size * supervised
 
 
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """Let this process be all the ranks there are."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
 class Training:
     """A model in training.
 
@@ -104,13 +120,22 @@ class Training:
         device: where.
         dtype: of its weights.
         pack_tokens: of a pack, which is a step.
+        sharded: as train.shard = full has it, among the one rank of this process.
     """
 
     def __init__(
-        self, config: LlamaConfig, device: torch.device, dtype: torch.dtype, pack_tokens: int
+        self,
+        config: LlamaConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        pack_tokens: int,
+        *,
+        sharded: bool = False,
     ) -> None:
         self.config, self.device, self.pack_tokens = config, device, pack_tokens
         self.model = make_model(config, device, dtype)
+        if sharded:
+            sharding.shard(self.model, init_device_mesh(device.type, (1,)), dtype)
         self.adapters = Adapters(config, LORA, device)
         self.adapters.initialise(0)
         self.optimizer = Optimizer(self.adapters)
@@ -223,6 +248,7 @@ def run(training: Training, num_steps: int) -> Iterator[list[dict[str, Any]]]:
 @click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=100, show_default=True)
 @click.option("--pack-tokens", type=click.IntRange(min=2), default=8192, show_default=True)
 @click.option("--sustain", type=click.FloatRange(min=0), default=SUSTAIN_S, show_default=True)
+@click.option("--shard", type=click.Choice(["none", "full"]), default="none", show_default=True)
 @click.option("--profile", "profiled", is_flag=True, help="Where the time of two steps goes.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Append the lines.")
 def command(
@@ -232,6 +258,7 @@ def command(
     steps: int,
     pack_tokens: int,
     sustain: float,
+    shard: str,
     profiled: bool,
     out: Path | None,
 ) -> None:
@@ -244,19 +271,21 @@ def command(
     rates(kind, place, sustain)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
-    training = Training(SHAPES[model], place, kind, pack_tokens)
     known = {
         "bench": "train_run",
         "model": model,
         "pack_tokens": pack_tokens,
+        "shard": shard,
         "dtype": str(kind).removeprefix("torch."),
-        "attention": training.model.attention_backend,
     }
-    for done in run(training, steps):
-        row = {**known, "whole": len(done) == steps, **figures(training, done, sustain)}
-        if profiled and row["whole"]:
-            row["profile"] = profile(training, steps)
-        report({**row, **describe(place, ["triton"]), "gpu": gpu_state(place)}, out)
+    with alone(place) if shard == "full" else nullcontext():
+        training = Training(SHAPES[model], place, kind, pack_tokens, sharded=shard == "full")
+        known["attention"] = training.model.attention_backend
+        for done in run(training, steps):
+            row = {**known, "whole": len(done) == steps, **figures(training, done, sustain)}
+            if profiled and row["whole"]:
+                row["profile"] = profile(training, steps)
+            report({**row, **describe(place, ["triton"]), "gpu": gpu_state(place)}, out)
 
 
 if __name__ == "__main__":

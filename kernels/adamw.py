@@ -5,14 +5,16 @@
     p <- p - rate ( wd p + (m / (1-b1^k)) / (sqrt(v / (1-b2^k)) + eps) )
                                                     (Loshchilov & Hutter 2019, arXiv 1711.05101)
 
-rate is lr, or lr times a ratio for the elements of B matrices (LoRA+, Hayou et al. 2024, arXiv
-2402.12354). All adapters lie in one buffer, so the norm with the finiteness check is one pass over
-contiguous memory and the update another, whatever the number of layers.
+All adapters lie in one buffer, so the norm with the finiteness check is one pass over contiguous
+memory and the update another, whatever the number of layers. The kernel's update also rounds what
+it wrote into the masters' copies, wherever they are (mirror.py). Stretches of the buffer may learn
+at rates of their own: all B of LoRA+ (Hayou et al. 2024, arXiv 2402.12354) are one.
 
 Shapes   P = trainable parameters.
 Numerics float32. The norm's squares are summed in float64 in torch; the kernel's parts are float32,
          so an element beyond 1e19 counts as not finite there.
-Bound    Memory: the norm reads 4*P bytes; the update reads 16*P and writes 12*P.
+Bound    Memory: the norm reads 4*P bytes; the update reads 16*P and writes 12*P, and 2*P more of
+         copies in bfloat16.
 """
 
 import math
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, tl, uses_triton
+from bioinstruct.kernels.mirror import BLOCK as BLOCK_P
+from bioinstruct.kernels.mirror import Mirror
 
-BLOCK_P = 1024
 CHUNK_P = 1 << 16
 """Numbers that torch's operations update at a time on a CPU: 1 MB of masters and moments."""
 NORM_PARTS = 1024
@@ -46,12 +49,19 @@ def _square_sums(g_ptr, sums_ptr, P, BLOCK: tl.constexpr):
 
 @jit
 def _adamw(
-    p_ptr, g_ptr, m_ptr, v_ptr, plus_ptr, clip_ptr, P, lr, plus_ratio, decay, clip,
-    b1, rest1, b2, rest2, unbias1, unbias2, eps,
-    PLUS: tl.constexpr, LATE: tl.constexpr, BLOCK: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, v_ptr, table_ptr, factors_ptr, some_ptr, clip_ptr, P, base,
+    lr, decay, clip, b1, rest1, b2, rest2, unbias1, unbias2, eps,
+    COPY: tl.constexpr, LATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < P
+    if COPY:
+        # a tile of a place; base is the number of the stretch's first master
+        row = table_ptr + tl.program_id(0) * 6
+        k = tl.load(row + 1) + tl.arange(0, BLOCK)
+        i = tl.load(row) - base + k
+        mask = k < tl.load(row + 2)
+    else:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = i < P
     if LATE:
         clip = tl.load(clip_ptr)
         # of a bad gradient, NaN: nothing is written
@@ -60,13 +70,19 @@ def _adamw(
     g = tl.load(g_ptr + i, mask=mask, other=0.0) * clip
     m = b1 * tl.load(m_ptr + i, mask=mask, other=0.0) + rest1 * g
     v = b2 * tl.load(v_ptr + i, mask=mask, other=0.0) + rest2 * g * g
-    rate = lr
-    if PLUS:
-        rate = tl.where(tl.load(plus_ptr + i, mask=mask, other=0) != 0, lr * plus_ratio, lr)
     step = (m * unbias1) / (tl.sqrt(v * unbias2) + eps)
-    tl.store(p_ptr + i, p - rate * (decay * p + step), mask=mask)
+    p -= lr * (decay * p + step)
+    tl.store(p_ptr + i, p, mask=mask)
     tl.store(m_ptr + i, m, mask=mask)
     tl.store(v_ptr + i, v, mask=mask)
+    if COPY:
+        # a place is smaller than 2^31, and divisions by 64 bits are slow
+        k, columns = k.to(tl.int32), tl.load(row + 3).to(tl.int32)
+        stride, address = tl.load(row + 4), tl.load(row + 5)
+        narrow = some_ptr.dtype.element_ty
+        place = address.to(tl.pointer_type(narrow)) + k // columns * stride + k % columns
+        copy = (p * tl.load(factors_ptr + tl.program_id(0))).to(narrow)
+        tl.store(place, copy, mask=mask & (address + 0 * k != 0))
 
 
 # ---- public ------------------------------------------------------------------------------------
@@ -84,8 +100,7 @@ def adamw_(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     grad_factor: float | Tensor = 1.0,
-    plus_P: Tensor | None = None,
-    plus_ratio: float = 1.0,
+    mirror: Mirror | None = None,
 ) -> None:
     """Update parameters and moments in place.
 
@@ -101,28 +116,21 @@ def adamw_(
         weight_decay: decoupled decay, in units of the learning rate.
         grad_factor: what clipping multiplies the gradient by; as a tensor (clip_factor_tensor) it
             is not waited for, and where it is NaN nothing changes.
-        plus_P: (P,) bool, the elements whose learning rate is lr times plus_ratio; None for none.
-        plus_ratio: LoRA+'s ratio of the two rates.
+        mirror: copies of a flat buffer of which p_P is a stretch. The kernel writes them too, if
+            they are those of the masters as they are; torch's operations leave them as they are.
     """
     b1, b2 = betas
-    unbias1, unbias2 = 1 / (1 - b1**step), 1 / (1 - b2**step)
     if uses_triton(p_P, g_P, m_P, v_P):
-        P = p_P.numel()
-        launch(
-            _adamw, (cdiv(P, BLOCK_P),),
-            p_P, g_P, m_P, v_P, p_P if plus_P is None else plus_P.view(torch.uint8),
-            p_P if isinstance(grad_factor, float) else grad_factor, P, lr, plus_ratio, weight_decay,
-            grad_factor if isinstance(grad_factor, float) else 1.0, b1, 1 - b1, b2, 1 - b2,
-            unbias1, unbias2, eps, PLUS=plus_P is not None, LATE=isinstance(grad_factor, Tensor),
-            BLOCK=BLOCK_P, num_warps=4,
-        )  # fmt: skip
-        # torch does not see what a kernel writes, and copies of the masters are made by version
-        torch.autograd.graph.increment_version(p_P)
+        late = grad_factor if isinstance(grad_factor, Tensor) else None
+        clip = 1.0 if isinstance(grad_factor, Tensor) else grad_factor
+        decays = b1, 1 - b1, b2, 1 - b2, 1 / (1 - b1**step), 1 / (1 - b2**step)
+        numbers = lr, weight_decay, clip, *decays, eps
+        _launch((p_P, g_P, m_P, v_P), numbers, late, mirror)
         return
     grad_factor = float(grad_factor)
     if math.isnan(grad_factor):
         return
-    if plus_P is None and p_P.numel() > CHUNK_P and not p_P.is_cuda:
+    if p_P.numel() > CHUNK_P and not p_P.is_cuda:
         # all passes over a chunk while it is in cache
         rest = {"lr": lr, "step": step, "betas": betas, "eps": eps}
         rest |= {"weight_decay": weight_decay, "grad_factor": grad_factor}
@@ -134,13 +142,31 @@ def adamw_(
     m_P.lerp_(g_P, 1 - b1)
     v_P.mul_(b2).addcmul_(g_P, g_P, value=1 - b2)
     root_P = v_P.sqrt().div_((1 - b2**step) ** 0.5).add_(eps)
-    if plus_P is None:
-        p_P.mul_(1 - lr * weight_decay)
-        p_P.addcdiv_(m_P, root_P, value=-lr / (1 - b1**step))
-        return
-    rate_P = torch.where(plus_P, lr * plus_ratio, lr)
-    change_P = root_P.reciprocal_().mul_(m_P).mul_(unbias1).add_(p_P, alpha=weight_decay)
-    p_P.addcmul_(rate_P, change_P, value=-1)
+    p_P.mul_(1 - lr * weight_decay)
+    p_P.addcdiv_(m_P, root_P, value=-lr / (1 - b1**step))
+
+
+def _launch(
+    vectors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    late: Tensor | None,
+    mirror: Mirror | None,
+) -> None:
+    """Launch the update, and keep the versions of the masters and their copies in step."""
+    p_P, P = vectors[0], vectors[0].numel()
+    base, blocks, tiles = int(p_P.storage_offset()), cdiv(P, BLOCK_P), (p_P, p_P, p_P)
+    copies = mirror is not None and bool(mirror.places) and mirror.version == p_P._version
+    if mirror is not None and copies:
+        table, factors, some = mirror.tiles(base, base + P)
+        blocks, tiles = len(table), (table, factors, some)
+    launch(
+        _adamw, (blocks,), *vectors, *tiles, p_P if late is None else late, P, base, *numbers,
+        COPY=copies, LATE=late is not None, BLOCK=BLOCK_P, num_warps=4,
+    )  # fmt: skip
+    # torch does not see what a kernel writes, and copies of the masters are made by version
+    torch.autograd.graph.increment_version(p_P)
+    if mirror is not None and copies:
+        mirror.version = p_P._version
 
 
 def clip_factor(grad_norm: float, max_norm: float) -> float:

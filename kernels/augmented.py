@@ -13,11 +13,12 @@ in place.
 The masters A and B stay float32; `Augmented.refresh` rounds them into We after each change. R is
 the sum of the branches' ranks, rounded up to a multiple of 8 with zeros, so that rows stay aligned.
 B is block-diagonal, and only its diagonal blocks are ever written. For a replicated base and
-R <= MAX_RANKS; wider ones cost more columns than the passes they save.
+R <= MAX_RANKS; wider ones cost more columns than the passes they save. Where a measured table says
+that gemm_lora is faster than the library (gemm_choices.py), it computes either product.
 
 Shapes   T = packed tokens, K = input and N = output features of the group, R = padded ranks.
 Numerics One float32 accumulator for the frozen and the LoRA term, one rounding of y.
-Saved    x_TK and t_TR, compactly: a part of x's buffer would keep all of it.
+Saved    x_TK and t_TR, which may stand behind x: its buffer is kept anyway.
 Bound    FLOPs: 2*T*(N*K + R*N) forward, 2*T*(N*K + R*K) backward, and the passes of skinny.py.
 """
 
@@ -30,20 +31,23 @@ from torch import Tensor
 from bioinstruct.kernels import skinny
 from bioinstruct.kernels.dispatch import cdiv, uses_triton
 from bioinstruct.kernels.dropout import Dropout
+from bioinstruct.kernels.gemm_lora import gemm_lora, takes_product
 from bioinstruct.kernels.lora import (
     Branch,
     Group,
     Part,
     down_backward,
     group_of,
+    in_turn,
     input_gradient,
     lora_linear,
     parts_of,
     up_backward,
     write_t,
 )
+from bioinstruct.kernels.norm_lora import Late
 from bioinstruct.kernels.rows import extended, with_dense_rows
-from bioinstruct.kernels.skinny import Mask
+from bioinstruct.kernels.skinny import Gradient, Mask, Parts
 
 MAX_RANKS = 192
 
@@ -126,13 +130,29 @@ class Use(NamedTuple):
         """Whether neighbouring kernels may take the branches along: few ranks, and one mask."""
         return 0 < self.buffer.room <= most and len(set(self.group.sites)) == 1
 
-    def product(self, x_TK: Tensor, bias_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return y, and t for the backward pass; t is also written into the room behind x."""
+    def product(
+        self,
+        x_TK: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        late: bool = False,
+        keeps_x: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y, and t for the backward pass, which also stands in the room behind x.
+
+        Late, y lacks the branches' part, which whoever reads it adds. Whoever keeps x gets the t
+        behind it; on its own t would keep all of x.
+        """
         t_TR = x_TK.new_empty(len(x_TK), self.buffer.room)
         if self.buffer.ranks:
+            x_ext = extended(x_TK, self.buffer.room)
+            if x_ext is not None and keeps_x:
+                t_TR = x_ext[:, self.buffer.K :]
             write_t(t_TR, x_TK, self.buffer.a_RK, self.group, self.parts)
-            if (x_ext := extended(x_TK, self.buffer.room)) is not None:
+            if x_ext is not None and not keeps_x:
                 x_ext[:, self.buffer.K :] = t_TR
+        if late:
+            return _linear(x_TK, self.buffer.w_NK, bias_N), t_TR
         return self.applied(x_TK, t_TR, bias_N), t_TR
 
     def applied(self, x_TK: Tensor, t_TR: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -140,6 +160,8 @@ class Use(NamedTuple):
         buffer = self.buffer
         if not buffer.ranks:
             return _linear(x_TK, buffer.we, bias_N)
+        if bias_N is None and takes_product(x_TK, buffer.w_NK, buffer.room):
+            return gemm_lora(x_TK, buffer.w_NK, t_TR, buffer.we[: buffer.N, buffer.K :])
         x_ext = extended(x_TK, buffer.room)
         if x_ext is not None:
             return _linear(x_ext, buffer.we[: buffer.N], bias_N)
@@ -156,21 +178,21 @@ class Use(NamedTuple):
         ds_TR[:, buffer.ranks :] = 0
         return ds_TR
 
-    def gradients_of_b(self, dy_TN: Tensor, t_TR: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def gradients_of_b(self, dy_TN: Tensor, t_TR: Tensor) -> tuple[Tensor, list[Gradient]]:
         """Return ds, written into the room behind dy where there is some, and dB of each branch."""
         ds_TR = self.room_for_ds(dy_TN)
         return ds_TR, up_backward(dy_TN, t_TR, ds_TR, self.group, self.parts)
 
-    def gradients_of_a(self, source: skinny.Source, ds_TR: Tensor) -> list[Tensor | None]:
+    def gradients_of_a(self, source: skinny.Source, ds_TR: Tensor) -> list[Gradient]:
         """Return dA of each branch."""
         if not self.buffer.ranks:
             return []
         return down_backward(source, ds_TR[:, : self.buffer.ranks], self.group, self.parts)
 
-    def summed_a(self, parts_PRK: Tensor) -> list[Tensor | None]:
+    def parts_of_a(self, parts_PRK: Tensor) -> list[Gradient]:
         """Return dA of each branch, from parts that a fused kernel wrote."""
         scale = skinny.keep_scale(self.group.dropout)
-        return [skinny.add_gradient(p.a_RK, parts_PRK[:, p.ranks], scale) for p in self.parts]
+        return [Parts(p.a_RK, parts_PRK[:, p.ranks], scale) for p in self.parts]
 
     def input_gradient(self, dy_TN: Tensor, ds_TR: Tensor) -> Tensor:
         """Return dx."""
@@ -184,6 +206,8 @@ class Use(NamedTuple):
         buffer = self.buffer
         if not buffer.ranks or self.group.dropout is not None:
             return torch.mm(dy_TN, buffer.w_NK)
+        if takes_product(dy_TN, buffer.w_NK.T, buffer.room):
+            return gemm_lora(dy_TN, buffer.w_NK.T, ds_TR, buffer.a_RK.T)
         dy_ext = extended(dy_TN, buffer.room)
         if dy_ext is not None:
             return torch.mm(dy_ext, buffer.we[:, : buffer.K])
@@ -194,31 +218,30 @@ def _linear(x_TK: Tensor, w_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return torch.mm(x_TK, w_NK.T) if bias_N is None else torch.addmm(bias_N, x_TK, w_NK.T)
 
 
-def in_turn(da: Sequence[Tensor | None], db: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of A and B of every branch, in the masters' order."""
-    return [gradient for pair in zip(da, db, strict=True) for gradient in pair]
-
-
 class _AugmentedLinear(torch.autograd.Function):
     # the masters are inputs, or the first layer, whose x needs no gradient, would never be visited
 
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, use: Use, *masters: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, use: Use, late: bool, *masters: Tensor) -> Any:
         x_TK = with_dense_rows(x_TK)
-        y_TN, t_TR = use.product(x_TK)
+        y_TN, t_TR = use.product(x_TK, late=late, keeps_x=True)
         ctx.save_for_backward(x_TK, t_TR)
         ctx.use = use
-        return y_TN
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(t_TR)
+        return (y_TN, t_TR) if late else y_TN
 
     @staticmethod
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, t_TR = ctx.saved_tensors
+    def backward(ctx: Any, dy_TN: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         use: Use = ctx.use
+        if dy_TN is None:
+            return None, None, None, *[None] * len(use.buffer.masters)
+        x_TK, t_TR = ctx.saved_tensors
         dy_TN = with_dense_rows(dy_TN)
         ds_TR, db = use.gradients_of_b(dy_TN, t_TR)
         da = use.gradients_of_a(skinny.Source(x_TK), ds_TR)
         dx_TK = use.input_gradient(dy_TN, ds_TR) if ctx.needs_input_grad[0] else None
-        return dx_TK, None, *in_turn(da, db)
+        return dx_TK, None, None, *in_turn(da, db)
 
 
 def augmented_linear(
@@ -254,5 +277,14 @@ def augmented_linear(
 
 def linear_of(use: Use, x_TK: Tensor) -> Tensor:
     """Compute augmented_linear by the kernels, whose use was prepared."""
-    y_TN: Tensor = _AugmentedLinear.apply(x_TK, use, *use.buffer.masters)
+    y_TN: Tensor = _AugmentedLinear.apply(x_TK, use, False, *use.buffer.masters)
     return y_TN
+
+
+def late_linear_of(use: Use, x_TK: Tensor) -> tuple[Tensor, Late]:
+    """Compute it but for the branches' part of y, which the norm that reads y next adds to it.
+
+    The gradients are those of the whole: y's is the sum's.
+    """
+    y_TN, t_TR = _AugmentedLinear.apply(x_TK, use, True, *use.buffer.masters)
+    return y_TN, Late(t_TR, use.buffer.we[: use.buffer.N, use.buffer.K :])

@@ -135,6 +135,12 @@ def measured(device: torch.device, M: int, N: int, K: int) -> Measured | None:
     return _found(torch.cuda.get_device_name(device), cdiv(M, 64), N, K)
 
 
+def takes(device: torch.device, M: int, N: int, K: int) -> bool:
+    """Whether gemm_lora was measured to be the faster one here; False where nothing is known."""
+    row = measured(device, M, N, K)
+    return row is not None and row.wins
+
+
 def config_for(device: torch.device, M: int, N: int, K: int) -> GemmConfig:
     """Tiles for a product on this device: measured ones, else DEFAULT."""
     row = measured(device, M, N, K)

@@ -29,7 +29,7 @@ from bioinstruct.kernels.dispatch import (
     uses_triton,
 )
 from bioinstruct.kernels.dropout import Dropout, keep_lanes
-from bioinstruct.kernels.gemm_choices import GemmConfig, config_for
+from bioinstruct.kernels.gemm_choices import GemmConfig, config_for, takes
 
 MAX_RANK = 64
 
@@ -89,6 +89,11 @@ def _gemm_lora(
 
 
 # ---- public ------------------------------------------------------------------------------------
+
+
+def takes_product(x_MK: Tensor, w_NK: Tensor, R: int) -> bool:
+    """Whether a measured table prefers gemm_lora for this product and its update of rank R."""
+    return 0 < R <= MAX_RANK and takes(x_MK.device, len(x_MK), *w_NK.shape)
 
 
 def gemm_lora(

@@ -29,7 +29,9 @@ from torch import Tensor
 from bioinstruct.kernels import skinny
 from bioinstruct.kernels.dispatch import uses_triton
 from bioinstruct.kernels.dropout import Dropout
+from bioinstruct.kernels.gemm_lora import gemm_lora, takes_product
 from bioinstruct.kernels.rows import with_dense_rows
+from bioinstruct.kernels.skinny import Gradient, Parts, settled
 
 
 class Branch(NamedTuple):
@@ -188,14 +190,14 @@ def write_t(t_TR: Tensor, x_TK: Tensor, a_RK: Tensor, group: Group, parts: Seque
 
 def up_backward(
     dy_TN: Tensor, t_TR: Tensor, ds_TR: Tensor, group: Group, parts: Sequence[Part]
-) -> list[Tensor | None]:
-    """Write ds = s dy B, and return dB of every branch, None where it was added already."""
-    found: list[Tensor | None] = []
+) -> list[Gradient]:
+    """Write ds = s dy B, and return dB of every branch."""
+    found: list[Gradient] = []
     for part in parts:
         dy, t, ds = dy_TN[:, part.columns], t_TR[:, part.ranks], ds_TR[:, part.ranks]
         if _by_kernel(group, part.ranks):
             sums = skinny.shrink_dy(dy, part.b_NR, t, ds, group.scale * part.factor)
-            found.append(skinny.add_gradient(part.b_NR, sums, part.factor))
+            found.append(Parts(part.b_NR, sums, part.factor))
         else:
             torch.mm(dy, _narrow_b(part, dy.dtype), out=ds).mul_(group.scale)
             found.append(_added(part.b_NR, dy.T, t, part.factor))
@@ -219,8 +221,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float = 1.0
 
 def down_backward(
     source: skinny.Source, ds_TR: Tensor, group: Group, parts: Sequence[Part]
-) -> list[Tensor | None]:
-    """dA = ds^T (m*x) of every branch, None where it was added already."""
+) -> list[Gradient]:
+    """dA = ds^T (m*x) of every branch."""
     if not group.fused:
         inner = {site: _masked(source.made(), group, site) for site in set(group.sites)}
         return [
@@ -230,12 +232,12 @@ def down_backward(
     sums = [
         skinny.gradient_of_a(ds_TR[:, ranks], source, group.dropout, site)
         if _by_kernel(group, ranks)
-        else torch.mm(ds_TR[:, ranks].T, source.made())[None]
+        else source.gradient(ds_TR[:, ranks])[None]
         for ranks, site in spans_of(group, parts, ds_TR.shape[1])
     ]
     sums_PRK = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
     scale = skinny.keep_scale(group.dropout)
-    return [skinny.add_gradient(p.a_RK, sums_PRK[:, p.ranks], scale) for p in parts]
+    return [Parts(p.a_RK, sums_PRK[:, p.ranks], scale) for p in parts]
 
 
 def input_gradient(
@@ -247,6 +249,8 @@ def input_gradient(
     parts: Sequence[Part],
 ) -> Tensor:
     """dx = dy W + m*(ds A)."""
+    if group.fused and len(set(group.sites)) == 1 and takes_product(dy_TN, w_NK.T, len(a_RK)):
+        return gemm_lora(dy_TN, w_NK.T, ds_TR, a_RK.T, group.dropout, group.sites[0])
     if group.dropout is None:
         return torch.mm(dy_TN, w_NK).addmm_(ds_TR, a_RK)
     g_TK: Tensor | None = None
@@ -263,6 +267,11 @@ def input_gradient(
 # ---- autograd ----------------------------------------------------------------------------------
 
 
+def in_turn(da: Sequence[Gradient], db: Sequence[Gradient]) -> list[Tensor | None]:
+    """Gradients of A and B of every branch, in the masters' order; None where added already."""
+    return settled([gradient for pair in zip(da, db, strict=True) for gradient in pair])
+
+
 class _LoraLinear(torch.autograd.Function):
     # the masters are inputs, or the first layer, whose x needs no gradient, would never be visited
 
@@ -270,12 +279,16 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TK: Tensor, w_NK: Tensor, group: Group, *masters: Tensor) -> Tensor:
         x_TK, parts = with_dense_rows(x_TK), parts_of(group, masters)
         a_RK = _stacked_a(parts, x_TK.dtype)
-        y_TN = torch.mm(x_TK, w_NK.T)
         t_TR = x_TK.new_empty(len(x_TK), len(a_RK))
         write_t(t_TR, x_TK, a_RK, group, parts)
-        for part in parts:
-            b_NR = _narrow_b(part, x_TK.dtype)
-            y_TN[:, part.columns].addmm_(t_TR[:, part.ranks], b_NR.T)
+        narrow = [_narrow_b(part, x_TK.dtype) for part in parts]
+        is_whole = len(parts) == 1 and len(narrow[0]) == len(w_NK)
+        if group.fused and is_whole and takes_product(x_TK, w_NK, len(a_RK)):
+            y_TN = gemm_lora(x_TK, w_NK, t_TR, narrow[0])
+        else:
+            y_TN = torch.mm(x_TK, w_NK.T)
+            for part, b_NR in zip(parts, narrow, strict=True):
+                y_TN[:, part.columns].addmm_(t_TR[:, part.ranks], b_NR.T)
         ctx.save_for_backward(x_TK, w_NK, t_TR, *masters)
         ctx.group = group
         return y_TN
@@ -292,7 +305,7 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             a_RK = _stacked_a(parts, dy_TN.dtype)
             dx_TK = input_gradient(dy_TN, w_NK, ds_TR, a_RK, group, parts)
-        return dx_TK, None, None, *(g for pair in zip(da, db, strict=True) for g in pair)
+        return dx_TK, None, None, *in_turn(da, db)
 
 
 def lora_linear(

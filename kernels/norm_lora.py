@@ -4,17 +4,21 @@
     backward   g = w * (dy + m*(ds A)),   dx = r g - c h + dh,   c_t = r^3 / D sum_k g_tk h_tk
                dA = ds^T (m*y)                                    y from h and r, so it is not saved
 
-dy is the frozen product's gradient; without a mask the library product has added ds A to it
-(augmented.py), with one it is added here, and the mask is drawn once for it and for dA. The row
+Where delta still lacks its own branch's part (Late), that is added to it on the way in, at no cost
+in memory. dy is the frozen product's gradient; without a mask the library product has added ds A to
+it (augmented.py), with one it is added here, and the mask is drawn once for it and for dA. The row
 sums c come first, because a program of the second kernel owns a block of columns: so dA is summed
 over many rows in registers, and few parts of it go through memory. The branch's share of a row sum
-needs no columns: sum_k y_k m_k (ds A)_k = ds . t / s.
+needs no columns: sum_k y_k m_k (ds A)_k = ds . t / s. And D c / r^2 is also what the projection
+gave times its gradient, (W y + B t) . dz, so whoever makes dz may hand c over: a pass less runs.
 
-Shapes   T = packed tokens, D = model width, R = padded ranks, P = row splits.
+Shapes   T = packed tokens, D = model width, R = padded ranks, P = row splits, L = ranks of delta's
+         branch.
 Numerics Loads and stores in the input dtype, arithmetic and sums in float32; h and y are rounded
          before they are used, so that forward and backward see the same numbers.
 Bound    Memory: forward 4*T*D elements (2*T*D without delta), read once more from cache; backward
-         reads 2*T*D for the sums and moves 4*T*D; parts of dA 4*P*R*D bytes.
+         reads 2*T*D for the sums, unless they are known, and moves 4*T*D; parts of dA 4*P*R*D
+         bytes.
 """
 
 from typing import NamedTuple
@@ -28,9 +32,9 @@ from bioinstruct.kernels.rmsnorm import residual
 from bioinstruct.kernels.rows import with_dense_rows, with_room
 from bioinstruct.kernels.skinny import (
     Mask,
+    add_t,
     keep_scale,
     mask_arguments,
-    masked,
     rank_block,
     row_split,
 )
@@ -38,20 +42,47 @@ from bioinstruct.kernels.skinny import (
 # ---- kernels -----------------------------------------------------------------------------------
 
 
+@jit
+def _summed(
+    x_ptr, delta_ptr, s, b_ptr, t, d, T, D, L, b_stride,
+    ADD: tl.constexpr, LATE: tl.constexpr, UP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """x, x + delta, or x + delta + s B^T, rounded to x's dtype."""
+    place, mask = t * D + d[None, :], (t < T) & (d[None, :] < D)
+    if LATE:
+        rank = tl.arange(0, BLOCK_L)[:, None]
+        b = tl.load(
+            b_ptr + d[None, :] * b_stride + rank, mask=(rank < L) & (d[None, :] < D), other=0.0
+        )
+        delta = tl.load(delta_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        delta = dot(s, b, delta, UP)
+        x = tl.load(x_ptr + place, mask=mask, other=0.0)
+        h = (x.to(tl.float32) + delta).to(x_ptr.dtype.element_ty)
+    else:
+        h = residual(x_ptr, delta_ptr, place, mask, ADD)
+    return h
+
+
 @jit(do_not_specialize=["seed", "site", "q"])
 def _norm_t(
-    x_ptr, delta_ptr, w_ptr, a_ptr, h_ptr, y_ptr, t_ptr, r_ptr, positions_ptr, draws_ptr,
-    T, D, R, y_stride, a_stride, eps, scale, seed, site, q,
-    ADD: tl.constexpr, DROP: tl.constexpr, UP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, delta_ptr, w_ptr, a_ptr, s_ptr, b_ptr, h_ptr, y_ptr, t_ptr, r_ptr, positions_ptr,
+    draws_ptr, T, D, R, L, y_stride, a_stride, s_stride, b_stride, eps, scale, seed, site, q,
+    ADD: tl.constexpr, LATE: tl.constexpr, DROP: tl.constexpr, UP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     rank = tl.arange(0, BLOCK_R)[None, :]
     narrow = y_ptr.dtype.element_ty
+    late = tl.arange(0, BLOCK_L)[None, :]
+    s = tl.load(s_ptr + t * s_stride + late, mask=LATE & (t < T) & (late < L), other=0.0)
     squares = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        h = residual(x_ptr, delta_ptr, t * D + d[None, :], (t < T) & (d[None, :] < D), ADD)
+        h = _summed(
+            x_ptr, delta_ptr, s, b_ptr, t, d, T, D, L, b_stride, ADD, LATE, UP,
+            BLOCK_T, BLOCK_D, BLOCK_L,
+        )  # fmt: skip
         squares += h.to(tl.float32) * h.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(squares, axis=1)[:, None] / D + eps)
     tl.store(r_ptr + t, r, mask=t < T)
@@ -60,22 +91,19 @@ def _norm_t(
         d = start + tl.arange(0, BLOCK_D)
         mask = (t < T) & (d[None, :] < D)
         # summed once more rather than read back: other threads may have written it
-        h = residual(x_ptr, delta_ptr, t * D + d[None, :], mask, ADD)
+        h = _summed(
+            x_ptr, delta_ptr, s, b_ptr, t, d, T, D, L, b_stride, ADD, LATE, UP,
+            BLOCK_T, BLOCK_D, BLOCK_L,
+        )  # fmt: skip
         if ADD:
             tl.store(h_ptr + t * D + d[None, :], h, mask=mask)
         w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         y = (h.to(tl.float32) * r * w).to(narrow)
         tl.store(y_ptr + t * y_stride + d[None, :], y, mask=mask)
-        if DROP:
-            y = masked(
-                y, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_D // 8
-            ).to(narrow)
-        a = tl.load(
-            a_ptr + rank * a_stride + d[:, None],
-            mask=(rank < R) & (d[:, None] < D),
-            other=0.0,
-        )
-        acc = dot(y, a, acc, UP)
+        acc = add_t(
+            acc, y, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, D, R,
+            DROP, UP, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
     out = (acc * scale).to(narrow)
     mask = (t < T) & (rank < R)
     tl.store(t_ptr + t * R + rank, out, mask=mask)
@@ -165,8 +193,28 @@ class NormedT(NamedTuple):
     """Once more, compactly, for the backward pass."""
 
 
+class Late(NamedTuple):
+    """What the branch of the linear that made delta adds to it, which delta does not hold yet."""
+
+    t_TL: Tensor
+    """Rows may be strided, as b's."""
+    b_DL: Tensor
+
+
+def _forward_tiles(R: int, *, late: bool) -> dict[str, int]:
+    """The rank's tile, warps and stages: what was found to spill nowhere."""
+    tiles = rank_block(R, 32 if late else 64)
+    return {**tiles, "num_stages": 1 if late and R > 16 else 2}
+
+
 def norm_with_t(
-    x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float, a_RD: Tensor, mask: Mask
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    w_D: Tensor,
+    eps: float,
+    a_RD: Tensor,
+    mask: Mask,
+    late: Late | None = None,
 ) -> NormedT:
     """Launch the forward kernel.
 
@@ -177,19 +225,23 @@ def norm_with_t(
         eps: added to the mean square.
         a_RD: (R, D) stacked A in x's dtype, R a multiple of 8; rows may be strided.
         mask: of the branches' input.
+        late: what delta lacks; at most MAX_RANK ranks.
     """
     (T, D), R = x_TD.shape, len(a_RD)
     x_TD, add = x_TD.contiguous(), delta_TD is not None
     delta = x_TD if delta_TD is None else delta_TD.contiguous()
+    s_TL, b_DL = (x_TD[:, :0], x_TD[:, :0]) if late is None else late
     h_TD = torch.empty_like(x_TD) if add else x_TD
     y_TD, t_TR = with_room(x_TD, (T, D), R), x_TD.new_empty(T, R)
     r_T = x_TD.new_empty(T, dtype=torch.float32)
     positions, draws, *numbers = mask_arguments(mask.dropout, mask.site, x_TD)
     launch(
-        _norm_t, (cdiv(T, 32),), x_TD, delta, w_D, a_RD, h_TD, y_TD, t_TR, r_T, positions, draws,
-        T, D, R, y_TD.stride(0), a_RD.stride(0), eps, mask.scale * keep_scale(mask.dropout),
-        *numbers, ADD=add, DROP=mask.dropout is not None, UP=INTERPRETED,
-        BLOCK_T=32, BLOCK_D=128, **rank_block(R), num_stages=2,
+        _norm_t, (cdiv(T, 32),), x_TD, delta, w_D, a_RD, s_TL, b_DL, h_TD, y_TD, t_TR, r_T,
+        positions, draws, T, D, R, s_TL.shape[1], y_TD.stride(0), a_RD.stride(0), s_TL.stride(0),
+        b_DL.stride(0), eps, mask.scale * keep_scale(mask.dropout), *numbers,
+        ADD=add, LATE=late is not None, DROP=mask.dropout is not None, UP=INTERPRETED,
+        BLOCK_T=32, BLOCK_D=128, BLOCK_L=max(16, next_power_of_2(s_TL.shape[1])),
+        **_forward_tiles(R, late=late is not None),
     )  # fmt: skip
     return NormedT(h_TD, y_TD, r_T, t_TR)
 
@@ -201,6 +253,7 @@ def norm_backward_with_da(
     mask: Mask,
     dh_TD: Tensor | None,
     room: int = 0,
+    c_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward kernels.
 
@@ -213,6 +266,7 @@ def norm_backward_with_da(
         mask: of the branches' input.
         dh_TD: (T, D) gradient that reaches h past the norm, or None.
         room: columns to leave free behind the rows of dx.
+        c_T: the row sums, float32, where they are known.
 
     Returns:
         dx, and (P, R, D) float32 parts of dA without the mask's scale.
@@ -221,16 +275,14 @@ def norm_backward_with_da(
     (T, D), R = h_TD.shape, ds_TR.shape[1]
     dy_TD = with_dense_rows(dy_TD)
     dh = dy_TD if dh_TD is None else with_dense_rows(dh_TD)
-    drop, dx_TD, c_T = (
-        mask.dropout is not None,
-        with_room(h_TD, (T, D), room),
-        torch.empty_like(r_T),
-    )
-    launch(
-        _norm_sums, (T,), dy_TD, h_TD, w_D, r_T, ds_TR, t_TR, c_T, D, R, dy_TD.stride(0),
-        ds_TR.stride(0), 1 / mask.scale, DROP=drop, BLOCK_D=min(2048, next_power_of_2(D)),
-        RANKS=next_power_of_2(R), num_warps=8,
-    )  # fmt: skip
+    drop, dx_TD = mask.dropout is not None, with_room(h_TD, (T, D), room)
+    if c_T is None:
+        c_T = torch.empty_like(r_T)
+        launch(
+            _norm_sums, (T,), dy_TD, h_TD, w_D, r_T, ds_TR, t_TR, c_T, D, R, dy_TD.stride(0),
+            ds_TR.stride(0), 1 / mask.scale, DROP=drop, BLOCK_D=min(2048, next_power_of_2(D)),
+            RANKS=next_power_of_2(R), num_warps=8,
+        )  # fmt: skip
     # wider blocks of a masked rank above 32 spill
     block_t, block_d = 32, 32 if drop and R > 32 else 64
     splits, rows = row_split(T, cdiv(D, block_d), block_t)

@@ -17,6 +17,7 @@ Bound    Memory: shrink and gradient_of_a read T*K elements, shrink_dy T*N, mask
          T*K; the parts are 4*R*(C*T + P*N) and 4*R*P*K bytes.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ MAX_RANK = 64
 CHUNK = 128
 """Rows that a fused kernel writes before it reads them back: few enough to be in cache still."""
 PROGRAMS = 256
-"""Wanted programs of a split sum, about two a multiprocessor; fixed, so that sums are, too."""
+"""Wanted programs of a split sum, about two a multiprocessor, one where they are of eight warps;
+fixed, so that sums are, too."""
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -52,6 +54,22 @@ def masked(x, positions_ptr, draws_ptr, seed, site, t, T, first, q, EIGHTHS: tl.
     return tl.where(keep, x, 0.0)
 
 
+@jit
+def add_t(
+    acc, x, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, K, R,
+    DROP: tl.constexpr, UP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc + (m*x) A^T for the columns of x from start on; scales, the mask's too, come later."""
+    narrow = x.dtype
+    if DROP:
+        x = masked(x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8)
+        x = x.to(narrow)
+    k = (start + tl.arange(0, BLOCK_K))[:, None]
+    r = tl.arange(0, BLOCK_R)[None, :]
+    a = tl.load(a_ptr + r * a_stride + k, mask=(r < R) & (k < K), other=0.0)
+    return dot(x, a.to(narrow), acc, UP)
+
+
 @jit(do_not_specialize=["seed", "site", "q"])
 def _shrink(
     x_ptr, a_ptr, t_ptr, positions_ptr, draws_ptr, T, K, R, x_stride, a_stride, t_stride, scale,
@@ -59,23 +77,17 @@ def _shrink(
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-    r = tl.arange(0, BLOCK_R)
+    r = tl.arange(0, BLOCK_R)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + t * x_stride + k[None, :], mask=(t < T) & (k[None, :] < K), other=0.0)
-        if DROP:
-            x = masked(
-                x, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_K // 8
-            ).to(x_ptr.dtype.element_ty)
-        a = tl.load(
-            a_ptr + r[None, :] * a_stride + k[:, None],
-            mask=(r[None, :] < R) & (k[:, None] < K),
-            other=0.0,
-        )
-        acc = dot(x, a.to(x_ptr.dtype.element_ty), acc, UP)
+        k = (start + tl.arange(0, BLOCK_K))[None, :]
+        x = tl.load(x_ptr + t * x_stride + k, mask=(t < T) & (k < K), other=0.0)
+        acc = add_t(
+            acc, x, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, K, R,
+            DROP, UP, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
     out = (acc * scale).to(t_ptr.dtype.element_ty)
-    tl.store(t_ptr + t * t_stride + r[None, :], out, mask=(t < T) & (r[None, :] < R))
+    tl.store(t_ptr + t * t_stride + r, out, mask=(t < T) & (r < R))
 
 
 @jit
@@ -186,11 +198,11 @@ def _masked_expand(
 
 
 @jit
-def _sum_parts(
-    parts_ptr, out_ptr, P, size, columns, part_stride, out_stride, scale,
+def _sum_block(
+    parts_ptr, out_ptr, block, P, size, columns, part_stride, out_stride, scale,
     ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     part = parts_ptr + i
     for _ in range(0, P):
@@ -201,6 +213,25 @@ def _sum_parts(
     if ADD:
         total += tl.load(place, mask=i < size, other=0.0).to(tl.float32)
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+@jit
+def _sum_parts(
+    parts_ptr, out_ptr, P, size, columns, part_stride, out_stride, scale,
+    parts2_ptr, out2_ptr, P2, size2, part2_stride, scale2, first2,
+    ADD: tl.constexpr, ADD2: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # the programs from first2 on take a second sum, whose result is dense
+    block = tl.program_id(0)
+    if TWO and block >= first2:
+        _sum_block(
+            parts2_ptr, out2_ptr, block - first2, P2, size2, size2, part2_stride, size2, scale2,
+            ADD2, BLOCK,
+        )  # fmt: skip
+    else:
+        _sum_block(
+            parts_ptr, out_ptr, block, P, size, columns, part_stride, out_stride, scale, ADD, BLOCK
+        )
 
 
 # ---- launches ----------------------------------------------------------------------------------
@@ -227,18 +258,73 @@ def rank_block(R: int, doubled_from: int = 64) -> dict[str, int]:
     return {"BLOCK_R": block, "num_warps": 4 if block < doubled_from else 8}
 
 
-def row_split(T: int, blocks: int, block_t: int) -> tuple[int, int]:
-    """(splits, rows of each) of T rows, so that splits times blocks is about PROGRAMS."""
-    wanted = max(1, min(cdiv(PROGRAMS, blocks), cdiv(T, block_t)))
+def row_split(T: int, blocks: int, block_t: int, programs: int = PROGRAMS) -> tuple[int, int]:
+    """(splits, rows of each) of T rows, so that splits times blocks is about that many programs."""
+    wanted = max(1, min(cdiv(programs, blocks), cdiv(T, block_t)))
     rows = cdiv(cdiv(max(T, 1), wanted), block_t) * block_t
     return cdiv(T, rows), rows
 
 
-def sum_into(out: Tensor, parts: Tensor, scale: float, *, add: bool) -> None:
-    """out (+)= scale * the sum of parts over their first dimension; out's rows may be strided."""
+class Parts(NamedTuple):
+    """A master's gradient that is still to be added up over the first axis of its parts."""
+
+    master: Tensor
+    parts: Tensor
+    """(P, *master's shape), of which the last axes are dense."""
+    scale: float = 1.0
+
+
+Gradient = Tensor | Parts | None
+"""What autograd is to store, or to leave as it is because it was added to already; or parts."""
+
+
+class _Sum(NamedTuple):
+    parts: Tensor
+    out: Tensor
+    scale: float
+    add: bool
+
+
+def _add_up(first: _Sum, second: _Sum | None = None) -> None:
+    """Launch one sum, or two; the second one's result is dense."""
+    parts, out, scale, add = first
     size, columns = out.numel(), out.shape[1]
     numbers = len(parts), size, columns, parts.stride(0), out.stride(0), scale
-    launch(_sum_parts, (cdiv(size, 1024),), parts, out, *numbers, ADD=add, BLOCK=1024, num_warps=4)
+    other = second or first
+    size2, blocks = other.out.numel(), cdiv(size, 1024)
+    numbers2 = len(other.parts), size2, other.parts.stride(0), other.scale, blocks
+    grid = (blocks + (cdiv(size2, 1024) if second else 0),)
+    launch(
+        _sum_parts, grid, parts, out, *numbers, other.parts, other.out, *numbers2,
+        ADD=add, ADD2=other.add, TWO=second is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+
+
+def sum_into(out: Tensor, parts: Tensor, scale: float) -> None:
+    """out = scale * the sum of parts over their first dimension; out's rows may be strided."""
+    _add_up(_Sum(parts, out, scale, add=False))
+
+
+def settled(gradients: Sequence[Gradient]) -> list[Tensor | None]:
+    """Add up what is in parts, two gradients a launch.
+
+    A sum is added to the master's gradient where it has one, and the result is None. That saves a
+    pass over a gradient of the master's size, and its allocation.
+    """
+    found: list[Tensor | None] = []
+    sums: list[_Sum] = []
+    for gradient in gradients:
+        if not isinstance(gradient, Parts):
+            found.append(gradient)
+            continue
+        own = gradient.master.grad
+        add = own is not None and own.is_contiguous()
+        out = own if own is not None and add else torch.empty_like(gradient.master)
+        sums.append(_Sum(gradient.parts, out, gradient.scale, add))
+        found.append(None if add else out)
+    for i in range(0, len(sums), 2):
+        _add_up(*sums[i : i + 2])
+    return found
 
 
 class Mask(NamedTuple):
@@ -292,17 +378,18 @@ def shrink_dy(dy_TN: Tensor, b_NR: Tensor, t_TR: Tensor, ds_TR: Tensor, scale: f
         (P, N, R) float32, whose sum over P is dB.
     """
     (T, N), R = dy_TN.shape, b_NR.shape[1]
-    block_t, block_n = 32, 128
+    # wide blocks of columns, since each writes a part of ds
+    block_t, block_n = 32, 256
     columns = cdiv(N, block_n)
-    splits, rows = row_split(T, columns, block_t)
+    splits, rows = row_split(T, columns, block_t, PROGRAMS // 2)
     ds_parts = dy_TN.new_empty(columns, T, R, dtype=torch.float32)
     db_parts = dy_TN.new_empty(splits, N, R, dtype=torch.float32)
     launch(
         _shrink_dy, (columns, splits), dy_TN, b_NR, t_TR, ds_parts, db_parts,
         T, N, R, dy_TN.stride(0), t_TR.stride(0), rows, UP=INTERPRETED,
-        BLOCK_T=block_t, BLOCK_N=block_n, **rank_block(R), num_stages=3,
+        BLOCK_T=block_t, BLOCK_N=block_n, **rank_block(R, 16), num_stages=3,
     )  # fmt: skip
-    sum_into(ds_TR, ds_parts, scale, add=False)
+    sum_into(ds_TR, ds_parts, scale)
     return db_parts
 
 
@@ -321,6 +408,12 @@ class Source(NamedTuple):
         if self.r_T is None or self.gain_K is None:
             return self.x_TK
         return (self.x_TK * self.r_T[:, None] * self.gain_K.float()).to(self.x_TK.dtype)
+
+    def gradient(self, ds_TR: Tensor) -> Tensor:
+        """Return ds^T x by a library product; what norms x is put on the narrow sides instead."""
+        if self.r_T is None or self.gain_K is None:
+            return torch.mm(ds_TR.T, self.x_TK)
+        return torch.mm((ds_TR * self.r_T[:, None]).to(ds_TR.dtype).T, self.x_TK) * self.gain_K
 
 
 def gradient_of_a(
@@ -371,17 +464,3 @@ def masked_expand(
         ADD=onto_TK is not None, UP=INTERPRETED, BLOCK_T=32, BLOCK_K=128, **rank_block(R),
     )  # fmt: skip
     return g_TK
-
-
-def add_gradient(master: Tensor, parts: Tensor, scale: float = 1.0) -> Tensor | None:
-    """Add scale times the parts' sum to the master's gradient where it has one, and return None.
-
-    Without one, return the gradient for autograd to store. Adding here saves a pass over a
-    gradient of the master's size, and its allocation.
-    """
-    if master.grad is not None and master.grad.is_contiguous():
-        sum_into(master.grad, parts, scale, add=True)
-        return None
-    gradient = torch.empty_like(master)
-    sum_into(gradient, parts, scale, add=False)
-    return gradient

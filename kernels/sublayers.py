@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels.augmented import Use, in_turn
-from bioinstruct.kernels.lora import Part
-from bioinstruct.kernels.norm_lora import norm_backward_with_da, norm_with_t
+from bioinstruct.kernels.augmented import Use
+from bioinstruct.kernels.lora import Part, in_turn
+from bioinstruct.kernels.norm_lora import Late, norm_backward_with_da, norm_with_t
 from bioinstruct.kernels.rmsnorm import norm_backward, norm_forward
 from bioinstruct.kernels.rope import Heads, Rotation, rotate_into, turn_back, turn_heads
 from bioinstruct.kernels.rope_lora import turn_back_with_lora
 from bioinstruct.kernels.rows import with_dense_rows, with_room
-from bioinstruct.kernels.skinny import Source, add_gradient, sum_into
+from bioinstruct.kernels.skinny import Gradient, Parts, Source, sum_into
 from bioinstruct.kernels.swiglu import swiglu_backward, swiglu_forward
 from bioinstruct.kernels.swiglu_lora import MAX_RANK as GATE_RANK
 from bioinstruct.kernels.swiglu_lora import swiglu_backward_with_lora, swiglu_with_t
@@ -64,12 +64,17 @@ class _Projected(NamedTuple):
 
 
 def _projected(
-    x_TD: Tensor, delta_TD: Tensor | None, norm: Norm, use: Use, bias_N: Tensor | None = None
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    norm: Norm,
+    use: Use,
+    bias_N: Tensor | None = None,
+    late: Late | None = None,
 ) -> _Projected:
     """Norm and project, t with the norm where its ranks are few."""
     given = x_TD, delta_TD, norm.gain_D, norm.eps
     if use.fuses():
-        h_TD, n_TD, r_T, t_TR = norm_with_t(*given, use.buffer.a_RK, use.mask)
+        h_TD, n_TD, r_T, t_TR = norm_with_t(*given, use.buffer.a_RK, use.mask, late)
         return _Projected(h_TD, r_T, t_TR, use.applied(n_TD, t_TR, bias_N))
     h_TD, n_TD, r_T = norm_forward(*given, use.buffer.room)
     y_TN, t_TR = use.product(n_TD, bias_N)
@@ -83,7 +88,9 @@ class _Above(NamedTuple):
     """Gradient of the projection."""
     ds_TR: Tensor
     """Of its branches, padded."""
-    db: list[Tensor | None]
+    db: list[Gradient]
+    c_T: Tensor | None = None
+    """The norm's row sums, where they came at no cost."""
 
 
 def _back_through_norm(
@@ -94,7 +101,7 @@ def _back_through_norm(
     dh_TD: Tensor | None,
     *,
     wanted: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
+) -> tuple[Tensor | None, list[Gradient]]:
     """Gradient of the residual stream, and dA; both in one pass where the ranks are few.
 
     Args:
@@ -106,12 +113,13 @@ def _back_through_norm(
         wanted: whether the residual stream's is; the embedding's is not.
     """
     h_TD, r_T, t_TR = saved
-    dy_TN, ds_TR, _ = above
+    dy_TN, ds_TR, _, c_T = above
     if wanted and use.fuses():
         dn_TD = use.unmasked_gradient(dy_TN, ds_TR)
         normed, branch = (h_TD, r_T, norm.gain_D), (ds_TR, t_TR, use.buffer.a_RK)
-        dx_TD, parts = norm_backward_with_da(dn_TD, normed, branch, use.mask, dh_TD, norm.room)
-        return dx_TD, use.summed_a(parts)
+        given = dn_TD, normed, branch, use.mask, dh_TD, norm.room
+        dx_TD, parts = norm_backward_with_da(*given, c_T)
+        return dx_TD, use.parts_of_a(parts)
     da = use.gradients_of_a(Source(h_TD, r_T, norm.gain_D), ds_TR)
     if not wanted:
         return None, da
@@ -182,7 +190,7 @@ def _back_through_heads(
     dy_TN = with_room(t_TR, (T, buffer.N), buffer.room)
     ds_TR = use.room_for_ds(dy_TN)
     by_start = {part.columns.start: part for part in use.parts}
-    db: list[Tensor | None] = []
+    db: list[Gradient] = []
     first = 0
     for gradient, turn in zip(gradients, (rotation, rotation, None), strict=True):
         heads = gradient.shape[1]
@@ -195,8 +203,8 @@ def _back_through_heads(
         b_NR = buffer.we[columns, buffer.K :][:, part.ranks]
         t_own = t_TR[:, part.ranks]
         sums = turn_back_with_lora(gradient, dy_TN[:, columns], turn, b_NR, t_own)
-        sum_into(ds_TR[:, part.ranks], sums.ds_HTR, use.group.scale, add=False)
-        db.append(add_gradient(part.b_NR, sums.db_PNR, part.factor))
+        sum_into(ds_TR[:, part.ranks], sums.ds_CTR, use.group.scale)
+        db.append(Parts(part.b_NR, sums.db_PNR, part.factor))
     return _Above(dy_TN, ds_TR, db)
 
 
@@ -260,9 +268,10 @@ class _NormMlp(torch.autograd.Function):
         norm: Norm,
         gate_up: Use,
         down: Use,
+        late: Late | None,
         *masters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h_TD, r_T, t_TR, gate_up_T2F = _projected(x_TD, delta_TD, norm, gate_up)
+        h_TD, r_T, t_TR, gate_up_T2F = _projected(x_TD, delta_TD, norm, gate_up, late=late)
         if down.fuses():
             a_TF, t_down_TR = swiglu_with_t(gate_up_T2F, down.buffer.a_RK, down.mask)
             y_TD = down.applied(a_TF, t_down_TR)
@@ -279,30 +288,31 @@ class _NormMlp(torch.autograd.Function):
         norm, gate_up, down = ctx.norm, ctx.gate_up, ctx.down
         if dy_TD is None:
             unused = [None] * len(gate_up.buffer.masters + down.buffer.masters)
-            return dh_TD, dh_TD, None, None, None, *unused
+            return dh_TD, dh_TD, None, None, None, None, *unused
         dy_TD = with_dense_rows(dy_TD)
         ds_down_TR, db_down = down.gradients_of_b(dy_TD, t_down_TR)
         behind = _Above(dy_TD, ds_down_TR, db_down)
-        above, da_down = _back_through_gate(behind, gate_up_T2F, saved[2], gate_up, down)
+        above, da_down = _back_through_gate(behind, gate_up_T2F, saved[1:], gate_up, down)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dx_TD, da = _back_through_norm(above, saved, norm, gate_up, dh_TD, wanted=wanted)
         gradients = (*in_turn(da, above.db), *in_turn(da_down, db_down))
-        return dx_TD, dx_TD, None, None, None, *gradients
+        return dx_TD, dx_TD, None, None, None, None, *gradients
 
 
 def _back_through_gate(
-    behind: _Above, gate_up_T2F: Tensor, t_TR: Tensor, gate_up: Use, down: Use
-) -> tuple[_Above, list[Tensor | None]]:
+    behind: _Above, gate_up_T2F: Tensor, saved: Sequence[Tensor], gate_up: Use, down: Use
+) -> tuple[_Above, list[Gradient]]:
     """Gradients of gate and up and of their branches, and dA of down.
 
     Args:
         behind: gradients of down and its branches.
         gate_up_T2F: gate and up.
-        t_TR: of their branches.
+        saved: r_T of the norm before them, and t_TR of their branches.
         gate_up: their projection.
         down: the projection of the gated product.
     """
-    dy_TD, ds_down_TR, _ = behind
+    r_T, t_TR = saved
+    dy_TD, ds_down_TR, *_ = behind
     buffer, parts, F = gate_up.buffer, gate_up.parts, down.buffer.K
     ranks = _rank(parts, 0), _rank(parts, F)
     if not (gate_up.fuses() and max(ranks) <= GATE_RANK and down.fuses(GATE_RANK)):
@@ -314,15 +324,17 @@ def _back_through_gate(
     da_TF = down.unmasked_gradient(dy_TD, ds_down_TR)
     b_2FR, own = buffer.we[: buffer.N, buffer.K :], (ds_down_TR, down.buffer.a_RK)
     found = swiglu_backward_with_lora(
-        da_TF, gate_up_T2F, own, (b_2FR, t_TR, ranks), down.mask, buffer.room
+        da_TF, gate_up_T2F, own, (b_2FR, t_TR, ranks, r_T), down.mask, buffer.room
     )
     ds_TR = gate_up.room_for_ds(found.dgate_up_T2F)
-    db: list[Tensor | None] = []
+    db: list[Gradient] = []
     sums = [both for both in zip(found.ds_CTR, found.db_PFR, strict=True) if both[0].shape[2]]
     for part, (ds_CTR, db_PFR) in zip(parts, sums, strict=True):
-        sum_into(ds_TR[:, part.ranks], ds_CTR, gate_up.group.scale, add=False)
-        db.append(add_gradient(part.b_NR, db_PFR, part.factor))
-    return _Above(found.dgate_up_T2F, ds_TR, db), down.summed_a(found.da_PRF)
+        sum_into(ds_TR[:, part.ranks], ds_CTR, gate_up.group.scale)
+        db.append(Parts(part.b_NR, db_PFR, part.factor))
+    c_T = torch.empty_like(r_T)
+    sum_into(c_T[None], found.c_CT, 1 / buffer.K)
+    return _Above(found.dgate_up_T2F, ds_TR, db, c_T), down.parts_of_a(found.da_PRF)
 
 
 def _rank(parts: Sequence[Part], start: int) -> int:
@@ -330,7 +342,9 @@ def _rank(parts: Sequence[Part], start: int) -> int:
     return sum(len(part.a_RK) for part in parts if part.columns.start == start)
 
 
-def norm_mlp(x_TD: Tensor, delta_TD: Tensor, norm: Norm, gate_up: Use, down: Use) -> Half:
+def norm_mlp(
+    x_TD: Tensor, delta_TD: Tensor, norm: Norm, gate_up: Use, down: Use, late: Late | None = None
+) -> Half:
     """Add delta to the residual stream, norm it, and pass it through the gated feed-forward.
 
     Args:
@@ -339,9 +353,10 @@ def norm_mlp(x_TD: Tensor, delta_TD: Tensor, norm: Norm, gate_up: Use, down: Use
         norm: its gain and eps.
         gate_up: the projection to (T, 2F), gate first.
         down: the projection back to (T, D).
+        late: what delta lacks of its own branch, where gate_up.fuses().
 
     Returns:
         The sum, and (T, D).
     """
     masters = gate_up.buffer.masters + down.buffer.masters
-    return Half(*_NormMlp.apply(x_TD, delta_TD, norm, gate_up, down, *masters))
+    return Half(*_NormMlp.apply(x_TD, delta_TD, norm, gate_up, down, late, *masters))

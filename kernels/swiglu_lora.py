@@ -5,9 +5,11 @@
                dgate = dh up silu'(gate),  dup = dh silu(gate)
                ds_gate = s dgate B_gate,  dB_gate = dgate^T t_gate,  and up's alike
                dA = ds^T (m*h)                          h from gate and up again: it is not saved
+               c = r^2 (gate . dgate + up . dup)        a row's, for the norm before (norm_lora.py)
 
 A program of the backward kernel owns a block of columns and several rows, so that dB and dA are
-summed in registers. It stops at MAX_RANK, above which its tiles would spill.
+summed in registers; of ds and c it writes parts. It stops at MAX_RANK, above which its tiles would
+spill.
 
 Shapes   T = packed tokens, F = feed-forward width, R = padded ranks of down, C = column blocks,
          P = row splits.
@@ -28,9 +30,9 @@ from bioinstruct.kernels.rows import with_room
 from bioinstruct.kernels.skinny import (
     CHUNK,
     Mask,
+    add_t,
     keep_scale,
     mask_arguments,
-    masked,
     rank_block,
     read_back,
     row_split,
@@ -61,16 +63,10 @@ def _swiglu_t(
         up = tl.load(place + F, mask=mask, other=0.0).to(tl.float32)
         h = (gate * tl.sigmoid(gate) * up).to(narrow)
         tl.store(h_ptr + t * h_stride + f[None, :], h, mask=mask)
-        if DROP:
-            h = masked(
-                h, positions_ptr, draws_ptr, seed, site, t, T, start // 8, q, BLOCK_F // 8
-            ).to(narrow)
-        a = tl.load(
-            a_ptr + rank * a_stride + f[:, None],
-            mask=(rank < R) & (f[:, None] < F),
-            other=0.0,
-        )
-        acc = dot(h, a, acc, UP)
+        acc = add_t(
+            acc, h, a_ptr, a_stride, positions_ptr, draws_ptr, seed, site, q, t, T, start, F, R,
+            DROP, UP, BLOCK_F, BLOCK_R,
+        )  # fmt: skip
     out = (acc * scale).to(narrow)
     mask = (t < T) & (rank < R)
     tl.store(t_ptr + t * R + rank, out, mask=mask)
@@ -80,7 +76,7 @@ def _swiglu_t(
 @jit(do_not_specialize=["seed", "site", "q"])
 def _swiglu_bwd_lora(
     dh_ptr, gate_up_ptr, ds_ptr, a_ptr, b_ptr, t_ptr, dgate_up_ptr, ds_parts, db_parts, da_parts,
-    positions_ptr, draws_ptr,
+    r_ptr, c_parts, positions_ptr, draws_ptr,
     T, F, R, GATE, UPS, ds_stride, a_stride, b_stride, t_stride, dgate_up_stride, ROWS,
     keep_scale, seed, site, q,
     DROP: tl.constexpr, UP: tl.constexpr, CHUNK: tl.constexpr,
@@ -126,9 +122,13 @@ def _swiglu_bwd_lora(
                 h = tl.where(keep, h, 0.0).to(narrow)
             da = dot(tl.trans(ds), h, da, UP)
             # silu' = s + silu (1 - s)
+            dgate = dh * up * (s + silu * (1.0 - s))
             out = dgate_up_ptr + t * dgate_up_stride + f
-            tl.store(out, (dh * up * (s + silu * (1.0 - s))).to(narrow), mask=mask)
+            tl.store(out, dgate.to(narrow), mask=mask)
             tl.store(out + F, (dh * silu).to(narrow), mask=mask)
+            r = tl.load(r_ptr + t, mask=t < T, other=0.0)
+            own = tl.sum(dgate * gate + dh * silu * up, axis=1)[:, None]
+            tl.store(c_parts + c * T + t, r * r * own, mask=t < T)
         db_gate = read_back(
             dgate_up_ptr, b_ptr, t_ptr, ds_parts, db_gate, chunk, end, n, F, GATE, T,
             dgate_up_stride, b_stride, t_stride, UP, BLOCK_T, BLOCK_R,
@@ -181,13 +181,15 @@ class GateGradients(NamedTuple):
     db_PFR: tuple[Tensor, Tensor]
     da_PRF: Tensor
     """Of down, without the mask's scale."""
+    c_CT: Tensor
+    """The norm's row sums, times its columns."""
 
 
 def swiglu_backward_with_lora(
     dh_TF: Tensor,
     gate_up_T2F: Tensor,
     down: tuple[Tensor, Tensor],
-    above: tuple[Tensor, Tensor, tuple[int, int]],
+    above: tuple[Tensor, Tensor, tuple[int, int], Tensor],
     mask: Mask,
     room: int,
 ) -> GateGradients:
@@ -198,11 +200,11 @@ def swiglu_backward_with_lora(
         gate_up_T2F: (T, 2F) contiguous, gate first.
         down: its ds_TR and the stacked A, at most MAX_RANK ranks; rows may be strided.
         above: block-diagonal B of gate and up, (2F, ranks); their t; how many ranks each has, at
-            most MAX_RANK; rows may be strided.
+            most MAX_RANK; rows may be strided; and r_T of the norm before them.
         mask: of down's input.
         room: columns to leave free behind the rows of gate_up's gradient.
     """
-    (ds_TR, a_RF), (b_2FR, t_TR, (gate, up)) = down, above
+    (ds_TR, a_RF), (b_2FR, t_TR, (gate, up), r_T) = down, above
     (T, F), R = dh_TF.shape, ds_TR.shape[1]
     out_T2F = with_room(gate_up_T2F, gate_up_T2F.shape, room)
     columns = cdiv(F, BLOCK_F)
@@ -213,20 +215,22 @@ def swiglu_backward_with_lora(
 
     ds_C = parts(columns, T * (gate + up))
     db_P, da_PRF = parts(splits, F * (gate + up)), parts(splits, R, F)
+    c_CT = parts(columns, T)
     positions, draws, *numbers = mask_arguments(mask.dropout, mask.site, dh_TF)
     launch(
         _swiglu_bwd_lora, (columns, splits), dh_TF, gate_up_T2F, ds_TR, a_RF, b_2FR, t_TR, out_T2F,
-        ds_C, db_P, da_PRF, positions, draws, T, F, R, gate, up, ds_TR.stride(0), a_RF.stride(0),
-        b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows, keep_scale(mask.dropout),
-        *numbers, DROP=mask.dropout is not None, UP=INTERPRETED, CHUNK=CHUNK,
-        BLOCK_T=32 if mask.dropout is None else 16, BLOCK_F=BLOCK_F, BLOCK_R=16, num_warps=8,
-        num_stages=2,
+        ds_C, db_P, da_PRF, r_T, c_CT, positions, draws, T, F, R, gate, up, ds_TR.stride(0),
+        a_RF.stride(0), b_2FR.stride(0), t_TR.stride(0), out_T2F.stride(0), rows,
+        keep_scale(mask.dropout), *numbers, DROP=mask.dropout is not None, UP=INTERPRETED,
+        CHUNK=CHUNK, BLOCK_T=32 if mask.dropout is None else 16, BLOCK_F=BLOCK_F, BLOCK_R=16,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return GateGradients(
         out_T2F,
         _split(ds_C, T, (gate, up)),
         _split(db_P, F, (gate, up)),
         da_PRF,
+        c_CT,
     )
 
 

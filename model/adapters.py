@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bioinstruct.kernels import Branch, Copies
 from bioinstruct.kernels.lora_copied import CopiedB
+from bioinstruct.kernels.mirror import Mirror
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.lora.peft_config import CONFIG, read_settings, to_peft
 from bioinstruct.model.lora.pissa import Factors, difference, principal, subtract
@@ -115,6 +116,8 @@ class Adapters:
         self.modules: list[Module] = []
         self.taken: list[Factors] = []
         """With PiSSA, what each module's A and B began as, which the model's weights now lack."""
+        self.mirror: Mirror | None = None
+        """Copies of the masters that the model computes with, where it keeps some (kernels)."""
         self._groups: dict[tuple[int, str], list[Module]] = {}
         self._narrow: dict[torch.dtype, _Narrow] = {}
         self._copies: dict[torch.dtype, dict[tuple[int, str], Copies]] = {}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels import Dropout, Heads, Rotation, split_rope
-from bioinstruct.kernels.augmented import MAX_RANKS, Augmented, Use, linear_of
+from bioinstruct.kernels.augmented import MAX_RANKS, Augmented, Use, late_linear_of, linear_of
 from bioinstruct.kernels.lora import group_of
 from bioinstruct.kernels.mirror import Mirror, Place
 from bioinstruct.kernels.sublayers import Norm, norm_heads, norm_linear, norm_mlp
@@ -73,9 +73,12 @@ class AugmentedLayer:
             x_TD, qkv_TN = norm_linear(*residual[:2], norm, qkv, block.bias_N)
             heads = split_rope(block.normed_heads(qkv_TN), rotation, num_heads)
         o_THE = attend(block.layer, heads)
-        o_TD = linear_of(o, o_THE.flatten(1))
-        norm = Norm(block.mlp_norm_D, eps, o.buffer.room)
-        return Residual(*norm_mlp(x_TD, o_TD, norm, gate_up, down), down.buffer.room)
+        norm, late = Norm(block.mlp_norm_D, eps, o.buffer.room), None
+        if o.fuses() and gate_up.fuses():
+            o_TD, late = late_linear_of(o, o_THE.flatten(1))
+        else:
+            o_TD = linear_of(o, o_THE.flatten(1))
+        return Residual(*norm_mlp(x_TD, o_TD, norm, gate_up, down, late), down.buffer.room)
 
     def _use(self, group: str, dropout: Dropout | None) -> Use:
         """One pack's use of a buffer."""
@@ -100,21 +103,17 @@ class AugmentedLayers:
             widest = max(adapters.ranks(block.layer, group) for group in GROUPS)
             fits = widest <= MAX_RANKS
             self.layers.append(AugmentedLayer(block, adapters) if fits else None)
-        self._version = adapters.version
-        self._mirror = Mirror(
-            [
-                Place(int(master.storage_offset()), block, factor)
-                for layer in self.layers
-                if layer is not None
-                for buffer in layer.buffers.values()
-                for master, block, factor in buffer.places()
-            ]
-        )
+        places = [
+            Place(int(master.storage_offset()), block, factor)
+            for layer in self.layers
+            if layer is not None
+            for buffer in layer.buffers.values()
+            for master, block, factor in buffer.places()
+        ]
+        self._mirror = adapters.mirror = Mirror(places, adapters.flat_P.numel())
+        self._mirror.version = adapters.version
 
     @torch.inference_mode(mode=False)
     def refresh(self) -> None:
-        """Round the masters into the buffers, if they changed since."""
-        if self._version == self.adapters.version:
-            return
+        """Round the masters into the buffers, if they changed since and no update did that."""
         self._mirror.refresh(self.adapters.flat_P)
-        self._version = self.adapters.version

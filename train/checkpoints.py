@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bioinstruct.kernels.attention import choose_backend
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.lora.pissa import Factors
 from bioinstruct.synth.console import note
@@ -62,6 +63,7 @@ class Checkpoints:
 
     def _restore(self, state: State) -> Standing:
         self.optimizer.restore(state)
+        self._keep_attention(state)
         standing = Standing.of(state.facts["standing"])
         asked = self.prepared.planner.max_tokens
         if standing.asked_tokens != asked:
@@ -72,6 +74,16 @@ class Checkpoints:
         told = "" if before == now else f", taken by {before} ranks: equal up to rounding on {now}"
         note(f"resuming after step {state.step} of {self.prepared.num_steps}{told}")
         return standing
+
+    def _keep_attention(self, state: State) -> None:
+        """Compute with the backend that the run had: auto is a timed choice, and might differ."""
+        model, before = self.prepared.llm.model, state.facts.get("attention")
+        if self.prepared.run.attention != "auto" or before in (None, model.attention_backend):
+            return
+        try:
+            model.attention_backend = choose_backend(before, model.device, model.dtype)
+        except ValueError as error:
+            note(f"{error}; the run goes on with {model.attention_backend}, equal up to rounding")
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what determines this run; taken once."""
@@ -109,6 +121,7 @@ class Checkpoints:
             "standing": standing.facts(),
             "updates": self.optimizer.updates,
             "ranks": self.prepared.ranks.size,
+            "attention": self.prepared.llm.model.attention_backend,
             "torch": torch.__version__,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }

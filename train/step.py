@@ -65,6 +65,7 @@ class Optimizer:
         norm = float(self.masters.gradient_norm()) if norm is None else norm
         if math.isfinite(norm):
             self.updates += 1
+            adapters = self.masters.adapters
             for part in self.masters.parts:
                 adamw_(
                     part.master_P,
@@ -75,6 +76,7 @@ class Optimizer:
                     step=self.updates,
                     weight_decay=self.weight_decay if part.decays else 0.0,
                     grad_factor=clip_factor(norm, self.clip),
+                    mirror=None if adapters is None else adapters.mirror,
                 )
             self.masters.changed()
             self._follow()

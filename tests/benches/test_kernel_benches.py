@@ -24,7 +24,9 @@ from bioinstruct.benches import (
     swiglu_kernel,
 )
 from bioinstruct.benches.budget import check, normal
+from bioinstruct.benches.halves import layer_calls
 from bioinstruct.benches.kernel_bench import Bench, measure, predict
+from bioinstruct.benches.traffic import kernel_bytes
 from bioinstruct.kernels import dispatch, rmsnorm
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
 
@@ -81,6 +83,8 @@ def test_the_augmented_form_is_predicted_to_reach_its_target(linear: str, droppe
     )
     found = predict(lora_kernel.BENCH, shape, 2)["predictions"]
     assert found["augmented"]["predicted_ratio_to_frozen"] <= TARGETS[linear][dropped]
+    fused = found["fused"]["predicted_ratio_to_frozen"]
+    assert 1 < fused < found["augmented"]["predicted_ratio_to_frozen"]
     order = ["augmented", "ours", "eager", "eager32"]
     seconds = [found[name]["predicted_seconds"] for name in order]
     assert seconds == sorted(seconds)
@@ -151,20 +155,23 @@ def test_a_failed_check_stops_the_lora_bench(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Traffic:
-    """Bytes that kernels load and store in Triton's interpreter, each address once a launch."""
+    """Bytes that each launch loads and stores in Triton's interpreter, every address once.
+
+    What a launch reads back of its own is in a cache, and does not count.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.moved = 0
-        self.seen: dict[str, list[Any]] = {"load": [], "store": []}
+        self.launches: list[tuple[dispatch.Launch, int]] = []
+        self._seen: dict[str, dict[int, set[int]]] = {"load": {}, "store": {}}
         interpreter = pytest.importorskip("triton.runtime.interpreter")
         builder = type(interpreter.interpreter_builder)
-        for kind in self.seen:
+        for kind in self._seen:
             self._watch(monkeypatch, builder, kind)
         launch = dispatch.launch
 
-        def counted(*arguments: Any, **constants: Any) -> None:
-            launch(*arguments, **constants)
-            self._settle()
+        def counted(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+            launch(kernel, grid, *arguments, **constants)
+            self.launches.append((dispatch.Launch(kernel, arguments, constants), self._settled()))
 
         for name, module in list(sys.modules.items()):
             if name.startswith("bioinstruct.kernels.") and hasattr(module, "launch"):
@@ -178,28 +185,85 @@ class Traffic:
             mask = rest[0] if kind == "load" else rest[1]
             itemsize = pointers.get_element_ty().primitive_bitwidth // 8
             addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
-            self.seen[kind].append((itemsize, addresses))
+            found = set(np.unique(addresses).tolist())
+            if kind == "load":
+                found -= self._seen["store"].get(itemsize, set())
+            self._seen[kind].setdefault(itemsize, set()).update(found)
             return call(this, pointers, *rest)
 
         monkeypatch.setattr(builder, name, watched)
 
-    def _settle(self) -> None:
-        for accesses in self.seen.values():
-            for itemsize in {size for size, _ in accesses}:
-                touched = [a for size, a in accesses if size == itemsize]
-                self.moved += itemsize * len(np.unique(np.concatenate(touched)))
-            accesses.clear()
+    def _settled(self) -> int:
+        moved = 0
+        for by_size in self._seen.values():
+            moved += sum(itemsize * len(addresses) for itemsize, addresses in by_size.items())
+            by_size.clear()
+        return moved
+
+
+in_the_interpreter = pytest.mark.skipif(
+    not dispatch.INTERPRETED, reason="counts in Triton's interpreter"
+)
+
+
+def check_formulas(traffic: Traffic, expected: set[str]) -> None:
+    for launch, moved in traffic.launches:
+        name = launch.kernel.fn.__name__
+        assert (name, kernel_bytes(launch)) == (name, moved), launch.constants
+    assert {launch.kernel.fn.__name__ for launch, _ in traffic.launches} == expected
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
-@pytest.mark.skipif(not dispatch.INTERPRETED, reason="counts in Triton's interpreter")
+@in_the_interpreter
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [[136], [128, 40, 40]])
-def test_the_formula_is_what_the_kernels_move(
+def test_the_formulas_of_a_linear_are_what_its_kernels_move(
     rows: list[int], p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"linear": "counted", "T": 96, "K": 200, "rows": rows, "R": 4, "p": p}
     traffic = Traffic(monkeypatch)
     with dispatch.forced("triton"):
-        lora_kernel.variants(shape, torch.float16, CPU)["ours"]()
-    assert traffic.moved == lora_kernel.kernel_bytes(shape, 2)
+        calls = lora_kernel.variants(shape, torch.float16, CPU)
+        calls["ours"]()
+        calls["augmented"]()
+    masked = {"_masked_expand"} if p else set()
+    check_formulas(traffic, {"_shrink", "_shrink_dy", "_gradient_of_a", "_sum_parts"} | masked)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+@in_the_interpreter
+@pytest.mark.parametrize("R", [4, 24])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_formulas_of_a_layer_are_what_its_kernels_move(
+    p: float, R: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {**layer.BENCH.tiny[0], "p": p, "R": R}
+    with dispatch.forced("triton"):
+        calls = layer.Case(shape, torch.float16, CPU).variants()
+        traffic = Traffic(monkeypatch)
+        calls["augmented"]()
+    alone = {"_rotate", "_shrink", "_shrink_dy", "_sum_parts", "_gradient_of_a", "_swiglu_t"}
+    masked = {"_masked_expand"} if p else set()
+    few = {"_norm_t", "_norm_sums", "_norm_bwd_da", "_turn_back_lora", "_swiglu_bwd_lora"}
+    # three ranks of 24 are more than the kernels of norm and rotation take; two are not
+    many = {"_norm_t", "_norm_bwd_da", "_norm_sums", "_rmsnorm_fwd", "_rmsnorm_bwd", "_swiglu_bwd"}
+    check_formulas(traffic, alone | masked | (few if R == 4 else many))
+
+
+def test_a_prediction_is_what_the_layers_own_code_launches() -> None:
+    """halves.py puts a layer together as model/augmented_layers.py does."""
+    if not dispatch.INTERPRETED:
+        pytest.skip("recorded in Triton's interpreter")
+    shape = {**layer.BENCH.tiny[0], "p": 0.1}
+    config = layer.config_of(shape)
+    with dispatch.forced("triton"):
+        calls = layer.Case(shape, torch.float32, CPU).variants()
+    with dispatch.recorded() as made:
+        calls["augmented"]()
+    with torch.device("meta"):
+        parts = layer_calls(config, shape["T"], shape["R"], shape["p"])
+    with dispatch.recorded() as predicted:
+        for part in parts.values():
+            part()
+    names = [sorted(launch.kernel.fn.__name__ for launch in found) for found in (made, predicted)]
+    assert names[0] == names[1]

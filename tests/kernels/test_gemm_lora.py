@@ -1,17 +1,22 @@
 """The product with the low-rank update in its accumulator, and the table that chooses its tiles."""
 
 import json
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bioinstruct.benches.ahead_of_time import SHARED_BYTES
-from bioinstruct.benches.budget import normal
-from bioinstruct.kernels import Dropout, dispatch, gemm_choices
+from bioinstruct.benches.budget import check, normal
+from bioinstruct.kernels import Branch, Dropout, dispatch, gemm_choices, lora_linear
+from bioinstruct.kernels.augmented import Augmented, augmented_linear
 from bioinstruct.kernels.gemm_choices import CANDIDATES, DEFAULT, GemmConfig, Measured, nearest
-from bioinstruct.kernels.gemm_lora import gemm_lora, gemm_lora_reference
+from bioinstruct.kernels.gemm_lora import gemm_lora, gemm_lora_reference, takes_product
+from bioinstruct.kernels.lora import lora_linear_reference
 
 pytest.importorskip("triton", reason="Triton is not installed (it comes for Linux only)")
 pytestmark = pytest.mark.filterwarnings(
@@ -136,3 +141,71 @@ def test_a_damaged_table_is_named(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match="table.json: the rows of GPU .* are not what"):
         gemm_choices.load(path)
+
+
+# ---- the linears that ask it -------------------------------------------------------------------
+
+
+def linear(form: str, rows: list[int], dropped: bool) -> list[str]:
+    """Check a linear in one of its two forms against float64; names of the kernels that ran."""
+    T, K, R = 20, 24, 4
+    (weight,) = (w.to(DEVICE) for w in normal((sum(rows), K), seed=1))
+    dropout = masks(T) if dropped else None
+    names: list[str] = []
+
+    def branches(masters: Sequence[Tensor]) -> list[Branch]:
+        starts = accumulate((0, *rows[:-1]))
+        pairs = zip(masters[::2], masters[1::2], starts, strict=True)
+        return [Branch(a, b, start, number=i) for i, (a, b, start) in enumerate(pairs)]
+
+    def ours(x: Tensor, *masters: Tensor) -> Tensor:
+        own = branches(masters)
+        if form == "augmented_linear":
+            return augmented_linear(x, Augmented(weight.to(x.dtype), own), 0.5, dropout, 2)
+        return lora_linear(x, weight.to(x.dtype), own, 0.5, dropout, 2)
+
+    def reference(x: Tensor, *masters: Tensor) -> Tensor:
+        own = weight.to(x.dtype), branches(masters), 0.5, dropout, 2
+        return lora_linear_reference(x, *own)
+
+    def run(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        names.append(kernel.fn.__name__)
+        launch(kernel, *arguments, **constants)
+
+    launch = dispatch.launch
+    inputs = [0.3 * x for x in normal((T, K), *(s for n in rows for s in ((R, K), (n, R))))]
+    with pytest.MonkeyPatch.context() as patch, dispatch.forced("triton"):
+        patch.setattr("bioinstruct.kernels.gemm_lora.launch", run)
+        check(ours, reference, inputs, torch.float32, DEVICE, roundings=2)
+    return names
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("form", ["lora_linear", "augmented_linear"])
+@pytest.mark.parametrize("rows", [[40], [16, 24]])
+def test_the_table_decides_who_computes_a_linear(
+    rows: list[int], form: str, dropped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert linear(form, rows, dropped) == []  # nothing is known of this device
+    slow = ROW._replace(seconds=1.0, config=SMALL)
+    monkeypatch.setattr(gemm_choices, "measured", lambda *_: slow)
+    assert linear(form, rows, dropped) == []
+    asked = []
+
+    def known(_: torch.device, M: int, N: int, K: int) -> Measured:
+        asked.append((M, N, K))
+        return ROW._replace(config=SMALL)
+
+    monkeypatch.setattr(gemm_choices, "measured", known)
+    # the plain form adds the branches of a group to their own columns
+    forward = form == "augmented_linear" or len(rows) == 1
+    assert linear(form, rows, dropped) == ["_gemm_lora"] * (1 + forward)
+    assert set(asked) == {(20, 24, 40)} | ({(20, 40, 24)} if forward else set())
+
+
+def test_ranks_that_the_kernel_does_not_take_are_the_librarys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gemm_choices, "measured", lambda *_: ROW)
+    x, w = torch.zeros(2, 3), torch.zeros(4, 3)
+    assert [takes_product(x, w, R) for R in (0, 1, 64, 65)] == [False, True, True, False]

@@ -22,8 +22,9 @@ from bioinstruct.kernels import (
     sublayers,
     swiglu_lora,
 )
-from bioinstruct.kernels.augmented import Augmented, Use, in_turn
-from bioinstruct.kernels.lora import group_of, lora_linear_reference
+from bioinstruct.kernels.augmented import Augmented, Use
+from bioinstruct.kernels.lora import group_of, in_turn, lora_linear_reference
+from bioinstruct.kernels.norm_lora import Late, norm_with_t
 from bioinstruct.kernels.rmsnorm import rmsnorm_reference
 from bioinstruct.kernels.rope import rope_reference
 from bioinstruct.kernels.skinny import Mask
@@ -150,9 +151,15 @@ def test_norm_mlp(
 
 
 def check_mlp(
-    case: tuple[int, int, Parts, Parts], T: int, dropout: Dropout | None, dtype: torch.dtype
+    case: tuple[int, int, Parts, Parts],
+    T: int,
+    dropout: Dropout | None,
+    dtype: torch.dtype,
+    late_ranks: int = 0,
 ) -> None:
     D, F, above, below = case
+    s, b = frozen((T, late_ranks + 3), (D, late_ranks + 5), dtype=dtype)
+    late = Late(s[:, :late_ranks], b[:, :late_ranks]) if late_ranks else None
     w_above, w_below, gain = frozen((2 * F, D), (D, F), (D,), dtype=dtype)
 
     def apart(masters: Sequence[Tensor]) -> tuple[list[Branch], list[Branch]]:
@@ -162,16 +169,32 @@ def check_mlp(
     def ours(x: Tensor, delta: Tensor, *masters: Tensor) -> Tensor:
         one, two = apart(masters)
         uses = use(w_above, one, dropout, 5), use(w_below, two, dropout, 6)
-        return torch.cat(norm_mlp(x, delta, Norm(gain, EPS, 8), *uses), 1)
+        return torch.cat(norm_mlp(x, delta, Norm(gain, EPS, 8), *uses, late), 1)
 
     def reference(x: Tensor, delta: Tensor, *masters: Tensor) -> Tensor:
         h, (one, two) = x + delta, apart(masters)
+        if late is not None:
+            h = h + (late.t_TL @ late.b_DL.T).to(h.dtype)
         n = rmsnorm_reference(h, gain, EPS)
         a = swiglu_reference(lora_linear_reference(n, w_above, one, SCALE, dropout, 5))
         return torch.cat((h, lora_linear_reference(a, w_below, two, SCALE, dropout, 6)), 1)
 
     inputs = [0.3 * x for x in normal((T, D), (T, D), *sizes(above, D), *sizes(below, F))]
     check(ours, reference, inputs, dtype, DEVICE, roundings=3)
+
+
+@each_size
+@pytest.mark.parametrize("L", [1, 8, 24, 64])
+def test_what_delta_lacks_is_added_on_the_way_in(L: int, T: int, dtype: torch.dtype) -> None:
+    for case, p in ((MLPS[0], 0.3), (MLPS[1], 0.0)):
+        check_mlp(case, T, masks(p, T), dtype, L)
+
+
+def test_a_forgotten_part_of_delta_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = norm_with_t
+    monkeypatch.setattr(sublayers, "norm_with_t", lambda *given: call(*given[:-1], None))
+    with pytest.raises(ValueError, match="is off by"):
+        check_mlp(MLPS[0], 45, None, torch.float32, 8)
 
 
 @pytest.mark.parametrize("T", [1, 45])
@@ -280,7 +303,7 @@ OF_HEADS: list[Fault] = [
     (sublayers, "turn_back_with_lora", last_row_unwritten),
     (Use, "unmasked_gradient", extended_though_masked),
     (Augmented, "refresh", beside_the_diagonal),
-    (Use, "summed_a", a_of_another_branch),
+    (Use, "parts_of_a", a_of_another_branch),
 ]
 OF_MLP: list[Fault] = [
     (sublayers, "swiglu_with_t", other_scale),

@@ -211,25 +211,26 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("plus", [False, True])
-@pytest.mark.parametrize("P", [1, 1000, 1025])
-def test_ten_updates_equal_torchs(P: int, weight_decay: float, plus: bool) -> None:
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+@pytest.mark.parametrize("P", [2, 1000, 1025])
+def test_ten_updates_equal_torchs(P: int, weight_decay: float, ratio: float) -> None:
+    # the second half is a stretch that learns faster, as all B of LoRA+ do
     (start,) = normal((P,))
-    plus_P = torch.arange(P) % 3 == 0
-    parts = [start[~plus_P].clone().requires_grad_(), start[plus_P].clone().requires_grad_()]
-    groups = [{"params": parts[:1]}, {"params": parts[1:], "lr": 0.16 if plus else 0.01}]
-    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=weight_decay)
+    stretches = (slice(0, P // 2), 0.01), (slice(P // 2, P), 0.01 * ratio)
+    parts = [start[place].clone().requires_grad_() for place, _ in stretches]
+    groups = [{"params": [x], "lr": lr} for x, (_, lr) in zip(parts, stretches, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
     p, m, v = (x.float().to(DEVICE) for x in (start, torch.zeros(P), torch.zeros(P)))
     for step in range(1, 11):
         (g,) = normal((P,), seed=step)
-        parts[0].grad, parts[1].grad = g[~plus_P] * 0.5, g[plus_P] * 0.5
+        for part, (place, _) in zip(parts, stretches, strict=True):
+            part.grad = g[place] * 0.5
         optimizer.step()
-        raised = {"plus_P": plus_P.to(DEVICE), "plus_ratio": 16.0} if plus else {}
-        numbers = {"lr": 0.01, "step": step, "weight_decay": weight_decay, "grad_factor": 0.5}
-        adamw_(p, g.float().to(DEVICE), m, v, **numbers, **raised)  # type: ignore[arg-type]
-    exact = torch.empty(P, dtype=torch.float64)
-    exact[~plus_P], exact[plus_P] = parts[0].detach(), parts[1].detach()
-    torch.testing.assert_close(p.double().cpu(), exact, rtol=1e-4, atol=1e-5)
+        numbers = {"step": step, "weight_decay": weight_decay, "grad_factor": 0.5}
+        for place, lr in stretches:
+            own = p[place], g.float().to(DEVICE)[place], m[place], v[place]
+            adamw_(*own, lr=lr, **numbers)  # type: ignore[arg-type]
+    torch.testing.assert_close(p.double().cpu(), torch.cat(parts).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("P", [1, 1023, 1024 * 1024 + 5])
@@ -289,8 +290,59 @@ def test_one_launch_copies_masters_to_all_their_places(dtype: torch.dtype) -> No
     exact[:30, :80] = flat[:2400].view(30, 80)
     exact[30:33, 5:6] = -2 * flat[2400:2403, None]
     exact[40:60, 40:90] = 0.5 * flat[4000:].view(20, 50)
-    Mirror(places).refresh(flat)
+    Mirror(places, len(flat)).refresh(flat)
     assert torch.equal(wide, exact)
+
+
+def places_of(wide: Tensor) -> list[Place]:
+    """Blocks that leave gaps between them, the first of more than a tile."""
+    blocks = (1000, wide[:30, :80], 1.0), (3400, wide[30:33, 5:6], -2.0)
+    return [Place(*block) for block in (*blocks, (4000, wide[40:60, 40:90], 0.5))]
+
+
+@each_dtype
+@pytest.mark.parametrize("late", [False, True])
+def test_an_update_writes_the_copies(
+    late: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, g, m, v = (t.float().to(DEVICE) for t in normal((6000,), (6000,), (6000,), (6000,)))
+    v.square_()
+    wide, exact = torch.zeros(2, 70, 90, dtype=dtype, device=DEVICE)
+    mirror = Mirror(places_of(wide), len(p))
+    mirror.refresh(p)
+    plain = [t.clone() for t in (p, g, m, v)]
+    factor = clip_factor_tensor(global_norm(g), 1.0) if late else 0.25
+    names = launched(monkeypatch)
+    for part, lr in ((slice(0, 4000), 0.1), (slice(4000, None), 0.3)):
+        rest = {"lr": lr, "step": 3, "weight_decay": 0.1, "grad_factor": factor}
+        adamw_(*(t[part] for t in (p, g, m, v)), **rest, mirror=mirror)  # type: ignore[arg-type]
+        adamw_(*(t[part] for t in plain), **rest)  # type: ignore[arg-type]
+    mirror.refresh(p)
+    assert names == ["_adamw"] * 4  # the copies were written on the way
+    assert all(torch.equal(a, b) for a, b in zip((p, m, v), (plain[0], *plain[2:]), strict=True))
+    Mirror(places_of(exact), len(p)).refresh(p)
+    assert exact.any() and torch.equal(wide, exact)
+
+
+def test_an_update_leaves_copies_that_are_behind_to_the_next_refresh() -> None:
+    p, g, m, v = (t.float().to(DEVICE) for t in normal((6000,), (6000,), (6000,), (6000,)))
+    wide = torch.zeros(70, 90, device=DEVICE)
+    mirror = Mirror(places_of(wide), len(p))
+    adamw_(p, g, m, v.square_(), lr=0.1, step=1, mirror=mirror)
+    assert not wide.any()
+    mirror.refresh(p)
+    assert torch.equal(wide[:30, :80].flatten(), p[1000:3400])
+    adamw_(
+        p,
+        g * torch.nan,
+        m,
+        v,
+        lr=0.1,
+        step=2,
+        grad_factor=clip_factor_tensor(g[0] * torch.nan, 1),
+        mirror=mirror,
+    )
+    assert torch.equal(wide[:30, :80].flatten(), p[1000:3400])
 
 
 # ---- dropout -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run that was killed or stopped goes on as if nothing had happened, or says why it cannot."""
 
+import importlib
 import json
 import os
 import random
@@ -14,15 +15,18 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from bioinstruct.model.llama import Llama
 from bioinstruct.synth.console import Stopped
 from bioinstruct.train import trainer
 from bioinstruct.train.main import command
 from bioinstruct.train.resume import folder
 from bioinstruct.train.resume.fingerprint import MAY_CHANGE, differences, model_checksum
-from bioinstruct.train.resume.state import steps_of
+from bioinstruct.train.resume.state import RECORD, steps_of
 from bioinstruct.train.run import keys
 
 ROOT = Path(__file__).parents[2]
+# kernels.attention is also a function
+kernels = importlib.import_module("bioinstruct.kernels.attention")
 MAIN = ROOT / "train" / "main.py"
 TIMED = ("tokens_per_s", "peak_memory_bytes", "mfu")
 
@@ -120,6 +124,55 @@ def test_stopping_and_resuming_changes_nothing(
     assert_same_run(straight, out)
     told = (out / "run.toml").read_text()
     assert f"after step {step}, 1 ranks" in told
+
+
+@pytest.mark.parametrize("asked", ["auto", "blocked"])
+def test_a_resumed_run_keeps_its_attention(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """What auto takes is timed, so it may take another one the next time."""
+    more = {"train.steps": "4"}
+    seen: list[str] = []
+    step = trainer.train_step
+
+    def watched(model: Llama, *rest: object, **named: object) -> object:
+        seen.append(model.attention_backend)
+        return step(model, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels, "_probed", lambda _: "sdpa")
+    call(settings | more, tmp_path / "straight")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Stopped):
+            call(settings | more, out)
+    monkeypatch.setattr(kernels, "_probed", lambda _: "blocked")
+    monkeypatch.setattr(trainer, "train_step", watched)
+    call(settings | more | {"attention": asked}, out, "--resume")
+    # who names one means it
+    assert seen == [{"auto": "sdpa", "blocked": "blocked"}[asked]] * 2
+    if asked == "auto":
+        assert_same_run(tmp_path / "straight", out)
+
+
+def test_an_attention_that_cannot_run_here_is_told(
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that was begun on a GPU goes on without one."""
+    more = {"train.steps": "4", "train.samples": "0"}
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Stopped):
+            call(settings | more, tmp_path / "out")
+    (path,) = (tmp_path / "out" / "state").glob(f"step-*/{RECORD}")
+    record = json.loads(path.read_text())
+    record["facts"]["attention"] = "flash3"
+    path.write_text(json.dumps(record))
+    call(settings | more, tmp_path / "out", "--resume")
+    assert "'flash3' cannot run here" in capsys.readouterr().err
 
 
 def test_pissa_resumes_too(

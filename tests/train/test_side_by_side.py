@@ -58,6 +58,14 @@ def test_the_gradient_is_that_of_packs_in_turn(
     assert one.any()
 
 
+def test_layers_that_are_computed_again_may_be_so_in_threads(
+    stories: Llm, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, _ = gradient(stories, batches, 2)
+    monkeypatch.setattr(stories.model, "recomputed_layers", 3)
+    assert torch.equal(kept, gradient(stories, batches, 2)[0])
+
+
 def test_the_same_packs_give_the_same_bits(stories: Llm, batches: list[Batch]) -> None:
     first, _ = gradient(stories, batches, 2)
     for _ in range(5):
