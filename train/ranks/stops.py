@@ -41,10 +41,16 @@ def stop_requests(told: Callable[[], None] = lambda: None) -> Iterator[list[int]
         told()
 
     previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    failed = False
     try:
         yield asked
+    except Exception:
+        failed = True
+        raise
     finally:
-        if not asked:  # a process that is stopping is not to be hurried on its way out
+        # a process that is stopping is not to be hurried on its way out; nor one that failed, for
+        # torchrun sends SIGTERM when a rank dies, while the others still find out which one
+        if not asked and not (failed and under_torchrun):
             for number, old in previous.items():
                 signal.signal(number, old)
 
