@@ -8,7 +8,7 @@ trim nothing, it reuses what was freed; memory goes back when the process ends.
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h's numbers
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # as malloc.h numbers them
 GROWTH_BYTES = 64 << 20
 
 
@@ -21,6 +21,5 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # one heap: what one thread freed serves the others
-    settings = (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, GROWTH_BYTES), (M_ARENA_MAX, 1)
+    settings = (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, GROWTH_BYTES)
     return all(mallopt(name, value) == 1 for name, value in settings)
