@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bioinstruct.kernels.native import addresses, native, threads_for
+
 QUERY_BLOCK = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64, torch.float64: 64}
 """Best of 64, 96, 128, 192, 256 on documents of 90 to 1,024 tokens (LOG.md)."""
 SAVED_TOKENS = 512
@@ -66,13 +68,23 @@ def forget_masks() -> None:
 def _heads_first(x_THE: Tensor, G: int) -> Tensor:
     """(T, H, E) -> (G, T * J, E), contiguous."""
     T, H, E = x_THE.shape
-    return x_THE.reshape(T, G, H // G * E).transpose(0, 1).contiguous().view(G, T * H // G, E)
+    library = native(x_THE)
+    if library is None or x_THE.stride(2) != 1 or x_THE.stride(1) != E:
+        return x_THE.reshape(T, G, H // G * E).transpose(0, 1).contiguous().view(G, T * H // G, E)
+    out = x_THE.new_empty(G, T * H // G, E)
+    x, to = addresses(x_THE, out)
+    library.heads_first(x, x_THE.stride(0), to, T, G, H // G * E, threads_for(out.numel()))
+    return out
 
 
 def _tokens_first(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """(G, T * J, E) -> (T, H, E), contiguous."""
     G, (T, H, E) = len(x), shape
     out_THE = x.new_empty(shape, dtype=dtype)
+    if (library := native(out_THE)) is not None:
+        call = library.tokens_first if x.dtype == dtype else library.sums_tokens_first
+        call(*addresses(x, out_THE), T, G, H // G * E, threads_for(x.numel()))
+        return out_THE
     out_THE.view(T, G, H // G * E).copy_(x.view(G, T, H // G * E).transpose(0, 1))
     return out_THE
 
@@ -96,15 +108,34 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float, scratch: _Sc
     """total += scale * a b, where total may be wider than the two."""
     if total.dtype == a.dtype:
         total.baddbmm_(a, b, alpha=scale)
+        return
+    part = _product(a, b, scratch(total.shape), scale)
+    if (library := native(part)) is not None:
+        G, elements = len(part), part[0].numel()
+        library.add_to_sums(total.data_ptr(), total.stride(0), part.data_ptr(), G, elements)
     else:
-        total += _product(a, b, scratch(total.shape), scale)
+        total += part
 
 
 def _probabilities(q: Tensor, k_GUE: Tensor, queries: int, out: Tensor) -> Tensor:
     """(G, Q * J, U) softmax of a query block over the U keys up to its end."""
     _product(q, k_GUE.transpose(1, 2), out, q.shape[-1] ** -0.5)
-    out[..., -queries:] += _future(queries, q.shape[1] // queries, q.dtype)
+    (G, _, U), J = out.shape, q.shape[1] // queries
+    if (library := native(out)) is not None:
+        library.causal_softmax(out.data_ptr(), G, queries, J, U, threads_for(out.numel()))
+        return out
+    out[..., -queries:] += _future(queries, J, q.dtype)
     return torch.softmax(out, -1, out=out)
+
+
+def _scores_gradient(ds: Tensor, p: Tensor, queries: int) -> None:
+    """Make of the gradient of p that of the scores, in place."""
+    (G, rows, U), library = p.shape, native(p)
+    if library is None:
+        torch._softmax_backward_data(ds, p, -1, p.dtype, grad_input=ds)
+        return
+    tensors = addresses(ds, p)
+    library.causal_softmax_back(*tensors, G, queries, rows // queries, U, threads_for(p.numel()))
 
 
 class Blocked(torch.autograd.Function):
@@ -153,7 +184,7 @@ class Blocked(torch.autograd.Function):
                 p = _probabilities(q[:, rows], k_GTE[:, keys], j - i, again(shape))
             _add_product(dv_GTE[:, keys], p.transpose(1, 2), do[:, rows], 1.0, sums)
             ds = torch.bmm(do[:, rows], v_GTE[:, keys].transpose(1, 2), out=scores(shape))
-            torch._softmax_backward_data(ds, p, -1, narrow, grad_input=ds)
+            _scores_gradient(ds, p, j - i)
             _add_product(dk_GTE[:, keys], ds.transpose(1, 2), q[:, rows], scale, sums)
             _product(ds, k_GTE[:, keys], dq[:, rows], scale)
         dk_TGE, dv_TGE = (_tokens_first(x, k_shape, narrow) for x in (dk_GTE, dv_GTE))

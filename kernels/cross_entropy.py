@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import jit, launch, next_power_of_2, tl, uses_triton
+from bioinstruct.kernels.native import addresses, native, threads_for
 
 CHUNK_BYTES = 64 << 20  # logits of one chunk: enough rows for a GEMM that reads the whole head
 SOFTMAX_BYTES = 2 << 20  # of these, rows made wide at once: they stay in a CPU core's cache
@@ -85,17 +86,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh_SD = h_TD.new_empty(S, h_TD.shape[1]) if wants_grad else None
         dw_VD = torch.zeros_like(w_VD, dtype=wide) if ctx.needs_input_grad[1] else None
         chunk = max(1, CHUNK_BYTES // (V * h_TD.itemsize))
-        few = max(1, SOFTMAX_BYTES // (V * wide.itemsize))
         for start in range(0, S, chunk):
             part = slice(start, start + chunk)
             logits = h_TD[rows_S[part]] @ w_VD.T
-            for z, labels in zip(logits.split(few), labels_S[part, None].split(few), strict=True):
-                p = z.softmax(-1, dtype=wide)
-                # the largest probability is exp(0) / sum, at least 1 / V, so its log is safe
-                lse = z.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log_()
-                loss += (lse - z.gather(1, labels)).sum()
-                if wants_grad:
-                    z.copy_(p.scatter_add_(1, labels, -torch.ones_like(lse)))
+            loss += _gradient_on_cpu(logits, labels_S[part], wants_grad)
             if dh_SD is not None:
                 torch.mm(logits, w_VD, out=dh_SD[part]).mul_(scale)
                 _add_head_gradient(dw_VD, logits, h_TD[rows_S[part]])
@@ -110,6 +104,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh_TD[rows_S] = dh_SD * dloss.to(dh_SD.dtype)
         dw_VD = None if dw_VD is None else (dw_VD * dloss).to(dh_SD.dtype)
         return dh_TD, dw_VD, None, None, None
+
+
+def _gradient_on_cpu(z_SV: Tensor, labels_S: Tensor, wants_grad: bool) -> Tensor:
+    """Sum of the rows' losses; where wanted, make of the logits their gradient."""
+    S, V = z_SV.shape
+    if (library := native(z_SV)) is not None:
+        losses_S = z_SV.new_empty(S, dtype=torch.float32)
+        tensors = addresses(z_SV, labels_S.contiguous(), losses_S)
+        library.cross_entropy(*tensors, S, V, wants_grad, threads_for(S * V))
+        return losses_S.sum(dtype=torch.float64)
+    wide = torch.promote_types(z_SV.dtype, torch.float32)
+    few, total = max(1, SOFTMAX_BYTES // (V * wide.itemsize)), z_SV.new_zeros((), dtype=wide)
+    for z, labels in zip(z_SV.split(few), labels_S[:, None].split(few), strict=True):
+        p = z.softmax(-1, dtype=wide)
+        # the largest probability is exp(0) / sum, at least 1 / V, so its log is safe
+        lse = z.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log_()
+        total += (lse - z.gather(1, labels)).sum()
+        if wants_grad:
+            z.copy_(p.scatter_add_(1, labels, -torch.ones_like(lse)))
+    return total
 
 
 def _add_head_gradient(dw_VD: Tensor | None, dz_SV: Tensor, h_SD: Tensor) -> None:

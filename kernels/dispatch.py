@@ -71,6 +71,11 @@ def choose(name: str) -> None:
     _State.choice = name
 
 
+def choice() -> str:
+    """The implementation that is set: one of CHOICES."""
+    return _State.choice
+
+
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Set the implementation within a with block."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, tl, uses_triton
+from bioinstruct.kernels.native import addresses, native, threads_for
 
 ROUNDS = 7
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -101,6 +102,14 @@ class Dropout:
             constants = {"BLOCK_T": 8, "EIGHTHS": 32, "num_warps": 4}
             grid = cdiv(T, 8), cdiv(K, 256)
             launch(_mask, grid, *tensors, self.seed, site, T, K, q, scale, **constants)
+            return mask_TK
+        library = native(self.positions_T, dtype)
+        if library is not None:
+            T = len(self.positions_T)
+            mask_TK = torch.empty(T, K, dtype=dtype)
+            counters = self.positions_T.contiguous(), self.draws_T.contiguous()
+            places = addresses(mask_TK, *counters)
+            library.dropout_mask(*places, T, K, self.seed, site, q, scale, threads_for(T * K))
             return mask_TK
         columns = torch.arange((K + 7) // 8, device=self.positions_T.device)
         words = philox(

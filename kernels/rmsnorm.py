@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+from bioinstruct.kernels.native import addresses, native, threads_for
 from bioinstruct.kernels.rows import with_dense_rows, with_room
 
 BLOCK_D = 4096
@@ -145,7 +146,9 @@ def _blocks(D: int) -> dict[str, Any]:
     return {"ONE_PASS": block >= D, "BLOCK": block, "num_warps": max(1, block // 512)}
 
 
-def _gain_gradient(dy_TD: Tensor, h_TD: Tensor, r_T: Tensor, dtype: torch.dtype) -> Tensor:
+def _gain_gradient(dy_TD: Tensor, h_TD: Tensor, r_T: Tensor, w_D: Tensor) -> Tensor:
+    if not uses_triton(dy_TD, h_TD, w_D):
+        return (dy_TD * h_TD * r_T[:, None]).sum(0).to(w_D.dtype)
     T, D = h_TD.shape
     rows = max(1, cdiv(T, 64))
     parts = max(1, cdiv(T, rows))
@@ -153,52 +156,30 @@ def _gain_gradient(dy_TD: Tensor, h_TD: Tensor, r_T: Tensor, dtype: torch.dtype)
     block = min(512, next_power_of_2(D))
     grid = (cdiv(D, block), parts)
     launch(_rmsnorm_dw, grid, dy_TD, h_TD, r_T, dw_PD, T, D, rows, BLOCK=block, num_warps=4)
-    return dw_PD.sum(0).to(dtype)
+    return dw_PD.sum(0).to(w_D.dtype)
 
 
-# ---- autograd ----------------------------------------------------------------------------------
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        # vector_norm widens while it reads, so no squared copy of x is made
-        norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=wide)
-        r_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_TD, w_D, r_T1)
-        y_TD: Tensor = (x_TD * r_T1).mul_(w_D.to(wide)).to(x_TD.dtype)
-        return y_TD
-
-    @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_TD, w_D, r_T1 = ctx.saved_tensors
-        wide = r_T1.dtype
-        dx_TD = dw_D = None
-        if ctx.needs_input_grad[1]:
-            dw_D = (dy_TD * x_TD * r_T1).sum(0).to(w_D.dtype)
-        if ctx.needs_input_grad[0]:
-            x, g = x_TD.to(wide), dy_TD * w_D.to(wide)
-            c_T1 = (g * x).mean(-1, keepdim=True).mul_(r_T1.pow(3))
-            dx_TD = g.mul_(r_T1).addcmul_(x, c_T1, value=-1).to(x_TD.dtype)
-        return dx_TD, dw_D, None
+# ---- forward and backward ------------------------------------------------------------------------
 
 
 class Normed(NamedTuple):
-    """What the forward kernel wrote."""
+    """What the forward pass wrote."""
 
     h_TD: Tensor
     """What was normed: x itself, or its sum with delta."""
     y_TD: Tensor
     """Its norm, with room behind the rows where that was asked for."""
     r_T: Tensor
-    """Reciprocal root mean squares, float32."""
+    """Reciprocal root mean squares, float32 at least."""
 
 
 def norm_forward(
     x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float, room: int = 0
 ) -> Normed:
-    """Launch the forward kernel; room is how many columns stay free behind each row of y."""
+    """Add and norm, in one pass but for torch's; room is how many columns stay free behind each
+    row of y, on a GPU."""
+    if not uses_triton(x_TD, w_D):
+        return _forward_on_cpu(x_TD, delta_TD, w_D, eps)
     T, D = x_TD.shape
     x_TD, add = x_TD.contiguous(), delta_TD is not None
     h_TD = torch.empty_like(x_TD) if add else x_TD
@@ -209,14 +190,36 @@ def norm_forward(
     return Normed(h_TD, y_TD, r_T)
 
 
+def _forward_on_cpu(x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float) -> Normed:
+    T, D = x_TD.shape
+    library = native(x_TD)
+    if library is None or w_D.dtype != x_TD.dtype:
+        h_TD = x_TD if delta_TD is None else x_TD + delta_TD
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        # vector_norm widens while it reads, so no squared copy of h is made
+        norm_T1 = torch.linalg.vector_norm(h_TD, dim=-1, keepdim=True, dtype=wide)
+        r_T1 = norm_T1.square_().div_(D).add_(eps).rsqrt_()
+        y_TD: Tensor = (h_TD * r_T1).mul_(w_D.to(wide)).to(x_TD.dtype)
+        return Normed(h_TD, y_TD, r_T1[:, 0])
+    x_TD, w_D = x_TD.contiguous(), w_D.contiguous()
+    delta_TD = None if delta_TD is None else delta_TD.contiguous()
+    h_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
+    y_TD, r_T = torch.empty_like(x_TD), x_TD.new_empty(T, dtype=torch.float32)
+    tensors = x_TD, delta_TD, w_D, h_TD, y_TD, r_T
+    library.norm(*addresses(*tensors), T, D, eps, threads_for(T * D))
+    return Normed(h_TD, y_TD, r_T)
+
+
 def norm_backward(
     dy_TD: Tensor, h_TD: Tensor, w_D: Tensor, r_T: Tensor, dh_TD: Tensor | None, room: int = 0
 ) -> Tensor:
-    """Launch the backward kernel; dh is the gradient that reaches h past the norm.
+    """Gradient through the norm; dh is the gradient that reaches h past it.
 
     Returns:
-        (T, D) gradient of x and of delta alike, with room columns free behind each row.
+        (T, D) gradient of x and of delta alike, with room columns free behind each row, on a GPU.
     """
+    if not uses_triton(dy_TD, h_TD, w_D):
+        return norm_backward_on_cpu(dy_TD, h_TD, w_D, r_T, dh_TD)[0]
     T, D = h_TD.shape
     dx_TD = with_room(h_TD, (T, D), room)
     add, dy_TD = dh_TD is not None, with_dense_rows(dy_TD)
@@ -227,7 +230,42 @@ def norm_backward(
     return dx_TD
 
 
-class _FusedRMSNorm(torch.autograd.Function):
+def norm_backward_on_cpu(
+    dy_TD: Tensor,
+    h_TD: Tensor,
+    w_D: Tensor,
+    r_T: Tensor,
+    dh_TD: Tensor | None,
+    *,
+    again: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Do as norm_backward does without a kernel of Triton's.
+
+    Returns:
+        The gradient, and y once more if again.
+    """
+    T, D = h_TD.shape
+    library = native(h_TD)
+    if library is None or w_D.dtype != h_TD.dtype:
+        r_T1, wide = r_T[:, None], r_T.dtype
+        h, g = h_TD.to(wide), dy_TD * w_D.to(wide)
+        c_T1 = (g * h).mean(-1, keepdim=True).mul_(r_T1.pow(3))
+        dx = g.mul_(r_T1).addcmul_(h, c_T1, value=-1)
+        dx_TD = (dx if dh_TD is None else dx.add_(dh_TD)).to(h_TD.dtype)
+        y_TD = (h_TD * r_T1).mul_(w_D.to(wide)).to(h_TD.dtype) if again else None
+        return dx_TD, y_TD
+    dy_TD, w_D, dx_TD = dy_TD.contiguous(), w_D.contiguous(), torch.empty_like(h_TD)
+    dh_TD = None if dh_TD is None else dh_TD.contiguous()
+    y_TD = torch.empty_like(h_TD) if again else None
+    tensors = dy_TD, h_TD, w_D, r_T, dh_TD, dx_TD, y_TD
+    library.norm_back(*addresses(*tensors), T, D, threads_for(T * D))
+    return dx_TD, y_TD
+
+
+# ---- autograd ----------------------------------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
     """y of x; or h and y of x and delta."""
 
     @staticmethod
@@ -250,7 +288,7 @@ class _FusedRMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             dx_TD = norm_backward(dy_TD, h_TD, w_D, r_T, dh_TD, ctx.room)
         if ctx.needs_input_grad[2]:
-            dw_D = _gain_gradient(dy_TD.contiguous(), h_TD, r_T, w_D.dtype)
+            dw_D = _gain_gradient(dy_TD.contiguous(), h_TD, r_T, w_D)
         return dx_TD, dx_TD if ctx.needs_input_grad[1] else None, dw_D, None, None
 
 
@@ -272,17 +310,14 @@ def rmsnorm(x_TD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
         raise ValueError(
             f"rmsnorm needs x_TD (T, D) and w_D (D,), got {tuple(x_TD.shape)}, {tuple(w_D.shape)}"
         )
-    if uses_triton(x_TD, w_D):
-        y_TD: Tensor = _FusedRMSNorm.apply(x_TD, None, w_D, eps, 0)
-    else:
-        y_TD = _RMSNorm.apply(x_TD, w_D, eps)
+    y_TD: Tensor = _RMSNorm.apply(x_TD, None, w_D, eps, 0)
     return y_TD
 
 
 def add_rmsnorm(
     x_TD: Tensor, delta_TD: Tensor, w_D: Tensor, eps: float = 1e-5, room: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream and norm the sum, in one pass on a GPU.
+    """Add to the residual stream and norm the sum, in one pass.
 
     Args:
         x_TD: (T, D) residual stream.
@@ -302,8 +337,5 @@ def add_rmsnorm(
             f"add_rmsnorm needs x_TD and delta_TD (T, D) and w_D (D,), got {tuple(x_TD.shape)}, "
             f"{tuple(delta_TD.shape)}, {tuple(w_D.shape)}"
         )
-    if uses_triton(x_TD, delta_TD, w_D):
-        h_TD, y_TD = _FusedRMSNorm.apply(x_TD, delta_TD, w_D, eps, room)
-        return h_TD, y_TD
-    h_TD = x_TD + delta_TD
-    return h_TD, rmsnorm(h_TD, w_D, eps)
+    h_TD, y_TD = _RMSNorm.apply(x_TD, delta_TD, w_D, eps, room)
+    return h_TD, y_TD

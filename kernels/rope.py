@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+from bioinstruct.kernels.native import addresses, native, threads_for
 from bioinstruct.kernels.rows import with_room
 
 HEADS = 4
@@ -84,10 +85,17 @@ def _rotate(
 
 def rotate_into(out_THE: Tensor, x_THE: Tensor, rotation: Rotation, sign: float) -> None:
     """Write x rotated by sign times the angle into out, which may be x itself."""
-    if not uses_triton(out_THE, x_THE, *rotation):
-        _rotate_in_torch(out_THE, x_THE, rotation, sign)
-        return
     T, heads, E = x_THE.shape
+    if not uses_triton(out_THE, x_THE, *rotation):
+        library = native(x_THE)
+        if library is None or not _is_plain(out_THE, x_THE, rotation):
+            _rotate_in_torch(out_THE, x_THE, rotation, sign)
+            return
+        (x, out), tables = addresses(x_THE, out_THE), addresses(*rotation)
+        strides = x_THE.stride(0), out_THE.stride(0)
+        threads = threads_for(x_THE.numel())
+        library.rotate(x, strides[0], out, strides[1], *tables, sign, T, heads, E, threads)
+        return
     if x_THE.stride(-1) != 1:
         x_THE = x_THE.contiguous()
     block = next_power_of_2(E // 2)
@@ -98,6 +106,12 @@ def rotate_into(out_THE: Tensor, x_THE: Tensor, rotation: Rotation, sign: float)
         *x_THE.stride()[:2], *out_THE.stride()[:2], sign,
         HEADS=HEADS, BLOCK_T=tokens, BLOCK_E=block, num_warps=4,
     )  # fmt: skip
+
+
+def _is_plain(out_THE: Tensor, x_THE: Tensor, rotation: Rotation) -> bool:
+    """Whether the heads of a token lie side by side, and the tables are as they are made."""
+    heads = all(x.stride(2) == 1 and x.stride(1) == x.shape[2] for x in (out_THE, x_THE))
+    return heads and all(t.is_contiguous() and t.dtype == torch.float32 for t in rotation)
 
 
 def _rotate_in_torch(out_THE: Tensor, x_THE: Tensor, rotation: Rotation, sign: float) -> None:

@@ -4,8 +4,8 @@
 
 Shapes   T = packed tokens, F = feed-forward width. gate and up lie side by side in one (T, 2F)
          buffer, as the fused gate+up projection writes them.
-Numerics Loads and stores in the input dtype; the kernels compute in float32 and round h once, the
-         CPU path rounds silu(gate) too.
+Numerics Loads and stores in the input dtype; all computes in float32 and rounds h once,
+         but for torch's operations, which round silu(gate) too.
 Saved    gate_up only; h is the next projection's input and that one keeps it.
 Bound    Memory: forward moves 3*T*F elements, backward 5*T*F.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bioinstruct.kernels.dispatch import cdiv, jit, launch, next_power_of_2, tl, uses_triton
+from bioinstruct.kernels.native import addresses, native, threads_for
 from bioinstruct.kernels.rows import with_room
 
 BLOCK_F = 1024
@@ -72,7 +73,9 @@ def _over_rows(kernel: Any, T: int, F: int, *arguments: Any, **constants: Any) -
 
 
 def swiglu_forward(gate_up_T2F: Tensor, room: int = 0) -> Tensor:
-    """Launch the forward kernel; room is how many columns stay free behind each row of h."""
+    """The gated product; room is how many columns stay free behind each row of h, on a GPU."""
+    if not uses_triton(gate_up_T2F):
+        return _forward_on_cpu(gate_up_T2F)
     T, F = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     h_TF = with_room(gate_up_T2F, (T, F), room)
     _over_rows(_swiglu_fwd, T, F, gate_up_T2F, h_TF, F, h_TF.stride(0))
@@ -82,11 +85,14 @@ def swiglu_forward(gate_up_T2F: Tensor, room: int = 0) -> Tensor:
 def swiglu_backward(
     dh_TF: Tensor, gate_up_T2F: Tensor, room: int = 0, *, again: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the backward kernel.
+    """Gradient through the gated product.
 
     Returns:
-        The gradient of gate_up, with room columns free behind each row; and h once more if again.
+        The gradient of gate_up, with room columns free behind each row, on a GPU; and h once more
+        if again.
     """
+    if not uses_triton(gate_up_T2F):
+        return _backward_on_cpu(dh_TF, gate_up_T2F, again)
     T, F = dh_TF.shape
     dgate_up_T2F = with_room(gate_up_T2F, gate_up_T2F.shape, room)
     h_TF = torch.empty_like(dh_TF) if again else None
@@ -95,29 +101,43 @@ def swiglu_backward(
     return dgate_up_T2F, h_TF
 
 
+def _forward_on_cpu(gate_up_T2F: Tensor) -> Tensor:
+    T, F = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+    library = native(gate_up_T2F)
+    if library is None:
+        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
+        return functional.silu(gate_TF).mul_(up_TF)
+    gate_up_T2F = gate_up_T2F.contiguous()
+    h_TF = gate_up_T2F.new_empty(T, F)
+    library.gated(*addresses(gate_up_T2F, h_TF), T, F, threads_for(T * F))
+    return h_TF
+
+
+def _backward_on_cpu(
+    dh_TF: Tensor, gate_up_T2F: Tensor, again: bool
+) -> tuple[Tensor, Tensor | None]:
+    T, F = dh_TF.shape
+    dgate_up_T2F = torch.empty_like(gate_up_T2F)
+    library = native(gate_up_T2F)
+    if library is None:
+        (gate_TF, up_TF), (dgate_TF, dup_TF) = (
+            both.chunk(2, dim=-1) for both in (gate_up_T2F, dgate_up_T2F)
+        )
+        silu_TF = functional.silu(gate_TF)
+        torch.mul(silu_TF, dh_TF, out=dup_TF)
+        torch.mul(dh_TF, up_TF, out=dgate_TF)
+        torch.ops.aten.silu_backward.grad_input(dgate_TF, gate_TF, grad_input=dgate_TF)
+        return dgate_up_T2F, silu_TF.mul_(up_TF) if again else None
+    h_TF = torch.empty_like(dh_TF) if again else None
+    tensors = dh_TF.contiguous(), gate_up_T2F, dgate_up_T2F, h_TF
+    library.gated_back(*addresses(*tensors), T, F, threads_for(T * F))
+    return dgate_up_T2F, h_TF
+
+
 # ---- autograd ----------------------------------------------------------------------------------
 
 
 class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up_T2F: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_T2F)
-        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-        return functional.silu(gate_TF).mul_(up_TF)
-
-    @staticmethod
-    def backward(ctx: Any, dh_TF: Tensor) -> Tensor:
-        (gate_up_T2F,) = ctx.saved_tensors
-        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-        dgate_up_T2F = torch.empty_like(gate_up_T2F)
-        dgate_TF, dup_TF = dgate_up_T2F.chunk(2, dim=-1)
-        torch.mul(functional.silu(gate_TF), dh_TF, out=dup_TF)
-        torch.mul(dh_TF, up_TF, out=dgate_TF)
-        torch.ops.aten.silu_backward.grad_input(dgate_TF, gate_TF, grad_input=dgate_TF)
-        return dgate_up_T2F
-
-
-class _FusedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_T2F: Tensor) -> Tensor:
         gate_up_T2F = gate_up_T2F.contiguous()
@@ -143,6 +163,5 @@ def swiglu(gate_up_T2F: Tensor) -> Tensor:
     """
     if gate_up_T2F.ndim != 2 or gate_up_T2F.shape[1] % 2:
         raise ValueError(f"swiglu needs gate_up_T2F (T, 2F), got {tuple(gate_up_T2F.shape)}")
-    function = _FusedSwiGLU if uses_triton(gate_up_T2F) else _SwiGLU
-    h_TF: Tensor = function.apply(gate_up_T2F)
+    h_TF: Tensor = _SwiGLU.apply(gate_up_T2F)
     return h_TF
