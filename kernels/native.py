@@ -28,7 +28,9 @@ from torch import Tensor
 from bioinstruct.kernels import dispatch
 from bioinstruct.synth.files import cache_folder
 
-SOURCE = Path(__file__).with_suffix(".c")
+FOLDER = Path(__file__).parent
+SOURCES = "native.c", "attention.c"
+HEADERS = ("lanes.h",)
 OPTIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fvisibility=hidden",
@@ -53,7 +55,13 @@ ARGUMENTS = {
     "causal_softmax_back": (_P, _P, _L, _L, _L, _L, _I),
     "cross_entropy": (_P, _P, _P, _L, _L, _I, _I),
     "dropout_mask": (_P, _P, _P, _L, _L, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _F, _I),
-}
+    "attention_room": (_L, _L, _L, _L, _L, _I),
+    "attention": (_P, _L) * 3 + (_P,) * 5 + (_L, _P) + (_L,) * 7 + (_I,),
+    "attention_back": (
+        (_P, _L) * 3 + (_P, _P, _L) + (_P,) * 5 + (_L, _P, _P) + (_L,) * 7 + (_I,)
+    ),
+}  # fmt: skip
+RESULTS = {"attention_room": _L}
 
 
 class Unavailable(Exception):
@@ -112,7 +120,7 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
         return str(reason)
     for name, arguments in ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, RESULTS.get(name)
     return library
 
 
@@ -126,7 +134,8 @@ def _compiler() -> str:
 def _built(compiler: str, options: tuple[str, ...]) -> Path:
     """The library's file, compiled unless the cache has it."""
     version = _run((compiler, "--version"))
-    facts = SOURCE.read_text(), *FLAGS, *options, version, _processor()
+    texts = [(FOLDER / name).read_text() for name in SOURCES + HEADERS]
+    facts = *texts, *FLAGS, *options, version, _processor()
     name = f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     folder = cache_folder()
     if (path := folder / name).is_file():
@@ -143,11 +152,12 @@ def _built(compiler: str, options: tuple[str, ...]) -> Path:
 
 
 def _compile(compiler: str, options: tuple[str, ...], work: Path) -> None:
-    made, library = str(work / "native.o"), str(work / "native.so")
-    _run((compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", made))
+    made, library = [str(work / f"{name}.o") for name in SOURCES], str(work / "native.so")
+    for name, to in zip(SOURCES, made, strict=True):
+        _run((compiler, *FLAGS, *options, "-c", str(FOLDER / name), "-o", to))
     # linked without OpenMP's runtime: torch has loaded one, and two would fight for the cores
     undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
-    _run((compiler, "-shared", *undefined, made, "-o", library, "-lm"))
+    _run((compiler, "-shared", *undefined, *made, "-o", library, "-lm"))
 
 
 def _run(command: tuple[str, ...]) -> str:
