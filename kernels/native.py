@@ -28,7 +28,7 @@ from torch import Tensor
 from bioinstruct.kernels import dispatch
 from bioinstruct.synth.files import cache_folder
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 OPTIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fvisibility=hidden",
@@ -52,6 +52,11 @@ ARGUMENTS = {
     "causal_softmax": (_P, _L, _L, _L, _L, _I),
     "causal_softmax_back": (_P, _P, _L, _L, _L, _L, _I),
     "cross_entropy": (_P, _P, _P, _L, _L, _I, _I),
+    "expand": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "shrink": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "add_outer": (_P, _L, _L, _P, _L, _P, _L, _F, _L, _L, _L, _I),
+    "pair_rows": (_P, _L, _P, _L, _L, _L),
+    "pair_columns": (_P, _L, _P, _L, _L, _L),
     "dropout_mask": (_P, _P, _P, _L, _L, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _F, _I),
 }
 
@@ -111,8 +116,9 @@ def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
     except Unavailable as reason:
         return str(reason)
     for name, arguments in ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        # some are for processors with certain instructions
+        if (function := getattr(library, name, None)) is not None:
+            function.argtypes, function.restype = arguments, None
     return library
 
 
@@ -126,7 +132,7 @@ def _compiler() -> str:
 def _built(compiler: str, options: tuple[str, ...]) -> Path:
     """The library's file, compiled unless the cache has it."""
     version = _run((compiler, "--version"))
-    facts = SOURCE.read_text(), *FLAGS, *options, version, _processor()
+    facts = *(source.read_text() for source in SOURCES), *FLAGS, *options, version, _processor()
     name = f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     folder = cache_folder()
     if (path := folder / name).is_file():
@@ -143,11 +149,13 @@ def _built(compiler: str, options: tuple[str, ...]) -> Path:
 
 
 def _compile(compiler: str, options: tuple[str, ...], work: Path) -> None:
-    made, library = str(work / "native.o"), str(work / "native.so")
-    _run((compiler, *FLAGS, *options, "-c", str(SOURCE), "-o", made))
+    library = str(work / "native.so")
+    made = [str(work / f"{source.stem}.o") for source in SOURCES]
+    for source, target in zip(SOURCES, made, strict=True):
+        _run((compiler, *FLAGS, *options, "-c", str(source), "-o", target))
     # linked without OpenMP's runtime: torch has loaded one, and two would fight for the cores
     undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
-    _run((compiler, "-shared", *undefined, made, "-o", library, "-lm"))
+    _run((compiler, "-shared", *undefined, *made, "-o", library, "-lm"))
 
 
 def _run(command: tuple[str, ...]) -> str:
