@@ -110,6 +110,9 @@ def _gradient_on_cpu(z_SV: Tensor, labels_S: Tensor, wants_grad: bool) -> Tensor
     """Sum of the rows' losses; where wanted, make of the logits their gradient."""
     S, V = z_SV.shape
     if (library := native(z_SV)) is not None:
+        # the loop in C would read and write what lies elsewhere
+        if S and (int(labels_S.min()) < 0 or int(labels_S.max()) >= V):
+            raise IndexError(f"labels_S must be 0 to {V - 1}, got {labels_S.tolist()}")
         losses_S = z_SV.new_empty(S, dtype=torch.float32)
         tensors = addresses(z_SV, labels_S.contiguous(), losses_S)
         library.cross_entropy(*tensors, S, V, wants_grad, threads_for(S * V))
