@@ -413,11 +413,12 @@ def test_cross_entropy_of_extremes(dtype: torch.dtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("label", [-1, -100, 7, 1 << 40])
-def test_a_label_that_is_no_logit_is_refused(dtype: torch.dtype, label: int) -> None:
+@pytest.mark.parametrize("label", [-1, -100, 7, 1 << 40, None])
+def test_a_label_that_is_no_logit_is_refused(dtype: torch.dtype, label: int | None) -> None:
     h, w = torch.zeros(2, 3, dtype=dtype), torch.zeros(7, 3, dtype=dtype)
-    with pytest.raises(IndexError, match=r"labels_S must be 0 to 6, got .*"):
-        linear_cross_entropy(h, w, torch.tensor([0, 1]), torch.tensor([6, label]))
+    labels = torch.tensor([6, 0 if label is None else label])
+    with pytest.raises(IndexError, match="labels_S must be int64 from 0 to 6, got "):
+        linear_cross_entropy(h, w, torch.tensor([0, 1]), labels.int() if label is None else labels)
 
 
 # ---- dropout ------------------------------------------------------------------------------------

@@ -277,7 +277,8 @@ def test_two_processes_compile_at_once(script: Script, tmp_path: Path, cache: Pa
     # each waits for the other to have begun
     script(f"""touch "{tmp_path}/begun.$PPID"
 for round in $(seq 600); do
-[ $(ls "{tmp_path}" | grep -c begun) -lt 2 ] && sleep 0.1
+[ $(ls "{tmp_path}" | grep -c begun) -ge 2 ] && break
+sleep 0.1
 done
 exec {COMPILER} "$@"
 """)
