@@ -27,7 +27,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from torch import Tensor
 from bioinstruct.kernels import dispatch
 from bioinstruct.synth.files import cache_folder, replaces
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 CPUINFO = Path("/proc/cpuinfo")
 OPTIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 FLAGS = "-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"
@@ -64,6 +64,8 @@ ARGUMENTS = {
     "cross_entropy": (_P, _P, _P, _L, _L, _I, _I),
     "dropout_mask": (_P, _P, _P, _L, _L, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _F, _I),
 }
+RESULTS: dict[str, type[Any]] = {}
+"""Of the functions that return something."""
 
 
 class Unavailable(Exception):
@@ -132,8 +134,9 @@ def load(dtype: torch.dtype, flags: Sequence[str] = ()) -> Loaded:
     except Unavailable as reason:
         return Loaded(None, str(reason))
     for name, arguments in ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        # some are for processors with certain instructions
+        if (function := getattr(library, name, None)) is not None:
+            function.argtypes, function.restype = arguments, RESULTS.get(name)
     # "gcc (Debian 12.2.0-14) 12.2.0" without what stands in brackets
     short = re.sub(r" *\([^)]*\)", "", (version.splitlines() or [compiler[0]])[0])
     return Loaded(library, short if parallel else f"{short} without OpenMP, so one thread")
@@ -172,7 +175,7 @@ def _first_that_loads(
 
 
 def _opened(compiler: tuple[str, ...], version: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    texts = [path.read_text() for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    texts = [path.read_text() for path in sorted(SOURCES[0].parent.glob("*.[ch]"))]
     facts = texts, compiler, version, options, _processor()
     made_of = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     if (data := _cached(made_of)) is None:
@@ -212,9 +215,11 @@ def _compiled(compiler: tuple[str, ...], options: tuple[str, ...]) -> bytes:
     undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
     try:
         with tempfile.TemporaryDirectory(prefix="bioinstruct-") as folder:
-            made, library = str(Path(folder, "native.o")), Path(folder, "native.so")
-            _run((*compiler, *options, "-c", str(SOURCE), "-o", made))
-            _run((*compiler, "-shared", *undefined, made, "-o", str(library), "-lm"))
+            made, library = [], Path(folder, "native.so")
+            for source in SOURCES:
+                made.append(str(Path(folder, f"{source.stem}.o")))
+                _run((*compiler, *options, "-c", str(source), "-o", made[-1]))
+            _run((*compiler, "-shared", *undefined, *made, "-o", str(library), "-lm"))
             return library.read_bytes()
     except OSError as error:
         raise Refused(f"{compiler[0]} made no library ({error.strerror})") from None

@@ -554,45 +554,54 @@ class Guarded:
         return bool((guards.isnan() | (guards == 9)).all())
 
 
+def times(number: int, make: Guarded, *shape: int, **kind: torch.dtype) -> list[Tensor]:
+    return [make(*shape, **kind) for _ in range(number)]
+
+
+def labels(make: Guarded) -> Tensor:
+    return make(T, kind=torch.int64).copy_(torch.tensor([0, D - 1, 4]))
+
+
+def counters(make: Guarded) -> list[Tensor]:
+    return [make(T, kind=torch.int64).fill_(value) for value in (3, 5)]
+
+
+F32 = {"kind": torch.float32}
+CALLS: dict[str, Callable[[Guarded], list[Any]]] = {
+    "norm": lambda m: [
+        *times(2, m, T, D), m(D), *times(2, m, T, D), m(T, **F32), T, D, 1e-5
+    ],
+    "norm_back": lambda m: [
+        *times(2, m, T, D), m(D), m(T, **F32), *times(3, m, T, D), T, D
+    ],
+    "gated": lambda m: [m(T, 2 * D), m(T, D), T, D],
+    "gated_back": lambda m: [m(T, D), m(T, 2 * D), m(T, 2 * D), m(T, D), T, D],
+    "rotate": lambda m: [
+        m(T, G * E), G * E, m(T, G * E), G * E, *times(2, m, T, E // 2, **F32), -1.0, T, G, E
+    ],
+    "heads_first": lambda m: [m(T, G * E), G * E, m(G, T, E), T, G, E],
+    "tokens_first": lambda m: [m(G, T, E), m(T, G * E), T, G, E],
+    "sums_tokens_first": lambda m: [m(G, T, D, **F32), m(T, G * D), T, G, D],
+    "add_to_sums": lambda m: [m(G, T * D, **F32), T * D, m(G, T * D), G, T * D],
+    "causal_softmax": lambda m: [m(G, T * J, D), G, T, J, D],
+    "causal_softmax_back": lambda m: [m(G, T * J, D), m(G, T * J, D), G, T, J, D],
+    "cross_entropy": lambda m: [m(T, D), labels(m), m(T, **F32), T, D, 1],
+    "dropout_mask": lambda m: [m(T, D), *counters(m), T, D, 1, 2, 30000, 1.5],
+}  # fmt: skip
+"""The arguments of each function, but for the number of threads."""
+
+
 def call(name: str, make: Guarded, threads: int) -> list[Tensor]:
-    """Call a function of the library by its name; return all tensors it was given."""
-    single = torch.float32
-    counters = (make(T, kind=torch.int64).fill_(5) for _ in range(2))
-    labels = make(T, kind=torch.int64).copy_(torch.tensor([0, D - 1, 4]))
-    tables = (make(T, E // 2, kind=single) for _ in range(2))
-    arguments: dict[str, Callable[[], list[Any]]] = {
-        "norm": lambda: [
-            *(make(T, D) for _ in range(2)), make(D), *(make(T, D) for _ in range(2)),
-            make(T, kind=single), T, D, 1e-5,
-        ],
-        "norm_back": lambda: [
-            *(make(T, D) for _ in range(2)), make(D), make(T, kind=single),
-            *(make(T, D) for _ in range(3)), T, D,
-        ],
-        "gated": lambda: [make(T, 2 * D), make(T, D), T, D],
-        "gated_back": lambda: [make(T, D), make(T, 2 * D), make(T, 2 * D), make(T, D), T, D],
-        "rotate": lambda: [
-            make(T, G * E), G * E, make(T, G * E), G * E, *tables, -1.0, T, G, E,
-        ],
-        "heads_first": lambda: [make(T, G * E), G * E, make(G, T, E), T, G, E],
-        "tokens_first": lambda: [make(G, T, E), make(T, G * E), T, G, E],
-        "sums_tokens_first": lambda: [make(G, T, D, kind=single), make(T, G * D), T, G, D],
-        "add_to_sums": lambda: [make(G, T * D, kind=single), T * D, make(G, T * D), G, T * D],
-        "causal_softmax": lambda: [make(G, T * J, D), G, T, J, D],
-        "causal_softmax_back": lambda: [make(G, T * J, D), make(G, T * J, D), G, T, J, D],
-        "cross_entropy": lambda: [make(T, D), labels, make(T, kind=single), T, D, 1],
-        "dropout_mask": lambda: [make(T, D), *counters, T, D, 1, 2, 30000, 1.5],
-    }  # fmt: skip
-    library = native.loaded(make.dtype).library
-    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments[name]()]
+    """Call a function of the library; return all tensors it was given."""
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in CALLS[name](make)]
     if name != "add_to_sums":
         given.append(threads)
-    getattr(library, name)(*given)
+    getattr(native.loaded(make.dtype).library, name)(*given)
     return [inner for _, inner in make.made]
 
 
 @dtypes
-@pytest.mark.parametrize("name", native.ARGUMENTS)
+@pytest.mark.parametrize("name", CALLS)
 def test_nothing_else_is_read_or_written_by_any_number_of_threads(
     name: str, dtype: torch.dtype
 ) -> None:
