@@ -23,7 +23,7 @@ from torch import Tensor
 from bioinstruct.kernels.dispatch import jit, launch, next_power_of_2, tl, uses_triton
 from bioinstruct.kernels.native import addresses, native, threads_for
 
-CHUNK_BYTES = 64 << 20  # logits of one chunk: enough rows for a GEMM that reads the whole head
+CHUNK_BYTES = 32 << 20  # logits of one chunk: enough rows for a GEMM that reads the whole head
 SOFTMAX_BYTES = 2 << 20  # of these, rows made wide at once: they stay in a CPU core's cache
 GPU_CHUNK_BYTES = 256 << 20  # 4,096 rows of 32,000 bfloat16 logits: whole tiles for the GEMMs
 BLOCK_V = 4096
@@ -110,8 +110,10 @@ def _gradient_on_cpu(z_SV: Tensor, labels_S: Tensor, wants_grad: bool) -> Tensor
     """Sum of the rows' losses; where wanted, make of the logits their gradient."""
     S, V = z_SV.shape
     if (library := native(z_SV)) is not None:
+        labels_S = labels_S.contiguous()
+        _check_labels(labels_S, V)
         losses_S = z_SV.new_empty(S, dtype=torch.float32)
-        tensors = addresses(z_SV, labels_S.contiguous(), losses_S)
+        tensors = addresses(z_SV, labels_S, losses_S)
         library.cross_entropy(*tensors, S, V, wants_grad, threads_for(S * V))
         return losses_S.sum(dtype=torch.float64)
     wide = torch.promote_types(z_SV.dtype, torch.float32)
@@ -124,6 +126,13 @@ def _gradient_on_cpu(z_SV: Tensor, labels_S: Tensor, wants_grad: bool) -> Tensor
         if wants_grad:
             z.copy_(p.scatter_add_(1, labels, -torch.ones_like(lse)))
     return total
+
+
+def _check_labels(labels_S: Tensor, V: int) -> None:
+    """Refuse what the loop in C would look up outside the logits, as torch's operations do."""
+    labels = labels_S.numpy()
+    if labels.dtype != "int64" or len(labels) and (labels.min() < 0 or labels.max() >= V):
+        raise IndexError(f"labels_S must be int64 from 0 to {V - 1}, got {labels_S}")
 
 
 def _add_head_gradient(dw_VD: Tensor | None, dz_SV: Tensor, h_SD: Tensor) -> None:

@@ -147,9 +147,10 @@ INLINE lanes exponential(lanes x) {
     return times_power(exponential_near_zero(x - n * 0.693359375f + n * 2.12194440e-4f), n);
 }
 
-/* not below e^-80, whose reciprocal is still finite */
+/* 0 below -80, so that x sigmoid(x) is 0 far below 0 and NaN at minus infinity */
 INLINE lanes sigmoid(lanes x) {
-    return reciprocal(1.0f + exponential(-larger(all(-80.0f), x)));
+    lanes found = reciprocal(1.0f + exponential(-larger(all(-80.0f), x)));
+    return (lanes)((choice)found & ~(x < -80.0f));
 }
 
 /* ---- memory ------------------------------------------------------------------------------------- */

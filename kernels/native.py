@@ -3,10 +3,13 @@
 Between the matrix products of a step on a CPU stand operations that move more than they compute.
 torch takes several passes for each, some through float32 copies, and Python a dozen calls; native.c
 has each as one loop that the compiler makes vectors of. It is compiled for this very processor by
-the C compiler that is there ($CC, else cc, gcc or clang), into the cache folder, under a name that
-holds the hashes of source, compiler and processor. Where there is none, or it fails, everything
-runs in torch's operations, slower: `why_not` says why. BIOINSTRUCT_KERNELS=reference does without.
+the C compiler that is there: $CC, or else the first of cc, gcc and clang. The library is kept in
+the cache folder, under a name that holds the hashes of what it was made of and of its own bytes, so
+that one which is broken is made anew. Where no compiler is, or it fails, everything runs in
+torch's operations, slower: `loaded` says why. BIOINSTRUCT_KERNELS=reference does without.
 
+Threads  The library is linked without a runtime of OpenMP and finds the one that torch has loaded:
+         two would fight for the cores. A compiler without OpenMP makes loops of one thread.
 Numerics float32 and bfloat16; all arithmetic in float32, sums in an order that depends on the
          processor's vectors, not on the number of threads.
 """
@@ -16,26 +19,31 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bioinstruct.kernels import dispatch
-from bioinstruct.synth.files import cache_folder
+from bioinstruct.synth.files import cache_folder, replaces
 
-FOLDER = Path(__file__).parent
-SOURCES = "native.c", "attention.c"
-HEADERS = ("lanes.h",)
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+CPUINFO = Path("/proc/cpuinfo")
 OPTIONS = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
-FLAGS = (
-    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fvisibility=hidden",
-    "-fno-math-errno", "-fno-trapping-math",
-)  # fmt: skip
+FLAGS = "-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"
+TUNED = ("-march=native",), ()
+"""Some of clang's ports refuse the first."""
+PARALLEL = ("-fopenmp",), ("-fopenmp-simd",)
+"""The second leaves out the threads: Apple's clang has no OpenMP, and a library may ask for
+another runtime than the one that torch has loaded."""
 COMPILE_S = 120.0
 SMALL = 1 << 15
 """Elements below which threads cost more than they bring."""
@@ -54,6 +62,11 @@ ARGUMENTS = {
     "causal_softmax": (_P, _L, _L, _L, _L, _I),
     "causal_softmax_back": (_P, _P, _L, _L, _L, _L, _I),
     "cross_entropy": (_P, _P, _P, _L, _L, _I, _I),
+    "expand": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "shrink": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "add_outer": (_P, _L, _L, _P, _L, _P, _L, _F, _L, _L, _L, _I),
+    "pair_rows": (_P, _L, _P, _L, _L, _L),
+    "pair_columns": (_P, _L, _P, _L, _L, _L),
     "dropout_mask": (_P, _P, _P, _L, _L, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _F, _I),
     "attention_room": (_L, _L, _L, _L, _L, _I),
     "attention": (_P, _L) * 3 + (_P,) * 5 + (_L, _P) + (_L,) * 7 + (_I,),
@@ -61,14 +74,28 @@ ARGUMENTS = {
         (_P, _L) * 3 + (_P, _P, _L) + (_P,) * 5 + (_L, _P, _P) + (_L,) * 7 + (_I,)
     ),
 }  # fmt: skip
-RESULTS = {"attention_room": _L}
+RESULTS: dict[str, type[Any]] = {"attention_room": _L}
+"""Of the functions that return something."""
 
 
 class Unavailable(Exception):
     """The library cannot be had; the text says why."""
 
 
-_loaded: dict[torch.dtype, ctypes.CDLL | str] = {}
+class Refused(Unavailable):
+    """It cannot be had with these options."""
+
+
+class Loaded(NamedTuple):
+    """What asking for the library came to."""
+
+    library: ctypes.CDLL | None
+    """None where everything runs in torch's operations."""
+    told: str
+    """Its compiler, or why there is none."""
+
+
+_loaded: dict[torch.dtype, Loaded] = {}
 _loading = threading.Lock()  # packs side by side may ask at once
 
 
@@ -77,16 +104,15 @@ def native(x: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     dtype = x.dtype if dtype is None else dtype
     if x.device.type != "cpu" or dtype not in OPTIONS or dispatch.choice() != "auto":
         return None
-    found = _loaded.get(dtype) or _load_once(dtype)
-    return found if isinstance(found, ctypes.CDLL) else None
+    return (_loaded.get(dtype) or loaded(dtype)).library
 
 
-def why_not(dtype: torch.dtype) -> str | None:
-    """Why there is no library for a dtype; None where there is one."""
-    if dtype not in OPTIONS:
-        return f"there is none in {dtype}"
-    found = _load_once(dtype)
-    return found if isinstance(found, str) else None
+def loaded(dtype: torch.dtype) -> Loaded:
+    """The library for a dtype on this machine's CPU, compiled at the first call of a process."""
+    with _loading:
+        if dtype not in _loaded:
+            _loaded[dtype] = load(dtype)
+        return _loaded[dtype]
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int | None, ...]:
@@ -99,81 +125,150 @@ def threads_for(elements: int) -> int:
     return 1 if elements < SMALL else torch.get_num_threads()
 
 
-def _load_once(dtype: torch.dtype) -> ctypes.CDLL | str:
-    with _loading:
-        if dtype not in _loaded:
-            _loaded[dtype] = _load(dtype)
-        return _loaded[dtype]
+# ---- compiling ----------------------------------------------------------------------------------
 
 
-def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def load(dtype: torch.dtype, flags: Sequence[str] = ()) -> Loaded:
+    """Load the library for a dtype, compiled where the cache does not have it.
+
+    Args:
+        dtype: of its tensors.
+        flags: for the compiler, behind all others: tests make the code of other processors.
+    """
+    if dtype not in OPTIONS:
+        return Loaded(None, f"there are none in {str(dtype).removeprefix('torch.')}")
     try:
         compiler = _compiler()
-        for parallel in ("-fopenmp", "-fopenmp-simd"):  # the second one for one thread alone
-            with contextlib.suppress(OSError):
-                library = ctypes.CDLL(str(_built(compiler, (*OPTIONS[dtype], parallel))))
-                break
-        else:
-            raise Unavailable("the compiled library cannot be loaded")
+        version = _run((*compiler, "--version"))
+        library, parallel = _first_that_loads(compiler, version, (*flags, *OPTIONS[dtype]))
     except Unavailable as reason:
-        return str(reason)
+        return Loaded(None, str(reason))
     for name, arguments in ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, RESULTS.get(name)
-    return library
+        # some are for processors with certain instructions
+        if (function := getattr(library, name, None)) is not None:
+            function.argtypes, function.restype = arguments, RESULTS.get(name)
+    # "gcc (Debian 12.2.0-14) 12.2.0" without what stands in brackets
+    short = re.sub(r" *\([^)]*\)", "", (version.splitlines() or [compiler[0]])[0])
+    return Loaded(library, short if parallel else f"{short} without OpenMP, so one thread")
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if name and (found := shutil.which(name)):
-            return found
-    raise Unavailable("there is no C compiler (cc, gcc or clang; $CC may name one)")
+def _compiler() -> tuple[str, ...]:
+    """The command of the C compiler."""
+    if own := os.environ.get("CC", "").strip():
+        try:
+            command = shlex.split(own)
+        except ValueError:  # a quotation mark without its fellow
+            command = [own]
+        if found := shutil.which(command[0]):
+            return found, *command[1:]
+        raise Unavailable(f"there is no {command[0]}, which $CC asks for")
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return (found,)
+    raise Unavailable("there is no C compiler: no cc, gcc or clang, and no $CC")
 
 
-def _built(compiler: str, options: tuple[str, ...]) -> Path:
-    """The library's file, compiled unless the cache has it."""
-    version = _run((compiler, "--version"))
-    texts = [(FOLDER / name).read_text() for name in SOURCES + HEADERS]
-    facts = *texts, *FLAGS, *options, version, _processor()
-    name = f"native-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
-    folder = cache_folder()
-    if (path := folder / name).is_file():
-        return path
+def _first_that_loads(
+    compiler: tuple[str, ...], version: str, options: tuple[str, ...]
+) -> tuple[ctypes.CDLL, bool]:
+    """The library by the first options that serve, and whether it has threads."""
+    reason = Unavailable()
+    for tuned in TUNED:
+        for parallel in PARALLEL:
+            try:
+                library = _opened(compiler, version, (*FLAGS, *tuned, *parallel, *options))
+            except Refused as error:
+                reason = error
+            else:
+                return library, parallel is PARALLEL[0]
+    raise reason
+
+
+def _opened(compiler: tuple[str, ...], version: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    texts = [path.read_text() for path in sorted(SOURCES[0].parent.glob("*.[ch]"))]
+    facts = texts, compiler, version, options, _processor()
+    made_of = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    if (data := _cached(made_of)) is None:
+        data = _compiled(compiler, options)
+        with contextlib.suppress(OSError, RuntimeError), replaces(_place(made_of, data)) as path:
+            path.write_bytes(data)
+    with contextlib.suppress(OSError, RuntimeError):
+        return ctypes.CDLL(str(_place(made_of, data)))
+    # nothing can be kept there, or not run from there: a copy serves this process, and once loaded
+    # it needs no file
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            _compile(compiler, options, Path(work))
-            # a name that is there is whole: processes that compile at once rename the same bytes
-            os.replace(Path(work, "native.so"), path)
+        with tempfile.TemporaryDirectory(prefix="bioinstruct-") as folder:
+            path = Path(folder, "native.so")
+            path.write_bytes(data)
+            return ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"{folder} cannot be written to ({error.strerror})") from None
-    return path
+        raise Refused(f"what {compiler[0]} made cannot be loaded ({error})") from None
 
 
-def _compile(compiler: str, options: tuple[str, ...], work: Path) -> None:
-    made, library = [str(work / f"{name}.o") for name in SOURCES], str(work / "native.so")
-    for name, to in zip(SOURCES, made, strict=True):
-        _run((compiler, *FLAGS, *options, "-c", str(FOLDER / name), "-o", to))
-    # linked without OpenMP's runtime: torch has loaded one, and two would fight for the cores
+def _place(made_of: str, data: bytes) -> Path:
+    """Where a library is kept."""
+    return cache_folder() / f"native-{made_of}-{hashlib.sha256(data).hexdigest()[:16]}.so"
+
+
+def _cached(made_of: str) -> bytes | None:
+    """The library that the cache has; loading one that is cut short would kill the process."""
+    with contextlib.suppress(OSError, RuntimeError):
+        for path in sorted(cache_folder().glob(f"native-{made_of}-*.so")):
+            if _place(made_of, data := path.read_bytes()) == path:
+                return data
+            path.unlink()
+    return None
+
+
+def _compiled(compiler: tuple[str, ...], options: tuple[str, ...]) -> bytes:
+    # nothing of OpenMP at the second step, which would bind a runtime to the library
     undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
-    _run((compiler, "-shared", *undefined, *made, "-o", library, "-lm"))
+    try:
+        with tempfile.TemporaryDirectory(prefix="bioinstruct-") as folder:
+            made, library = [], Path(folder, "native.so")
+            for source in SOURCES:
+                made.append(str(Path(folder, f"{source.stem}.o")))
+                _run((*compiler, *options, "-c", str(source), "-o", made[-1]))
+            _run((*compiler, "-shared", *undefined, *made, "-o", str(library), "-lm"))
+            return library.read_bytes()
+    except OSError as error:
+        raise Refused(f"{compiler[0]} made no library ({error.strerror})") from None
 
 
-def _run(command: tuple[str, ...]) -> str:
+def _run(command: Sequence[str]) -> str:
+    """What a command prints."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=COMPILE_S
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMPILE_S,
+            env={**os.environ, "LC_ALL": "C"},
         )
-    except (OSError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        raise Unavailable(f"{command[0]} failed: {told[0] if told else error}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = getattr(error, "strerror", None) or f"no answer within {COMPILE_S:.0f} s"
+        raise Unavailable(f"{command[0]} failed: {reason}") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        first = next((line for line in said if "error" in line), said[0])
+        raise Refused(f"{command[0]} failed: {first}")
     return done.stdout
 
 
+_IDENTITY = {
+    "vendor_id", "cpu family", "model", "flags",  # x86
+    "Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part",  # Arm
+    "cpu", "isa", "features",  # Power, RISC-V, Z
+}  # fmt: skip
+
+
 def _processor() -> str:
-    """What -march=native depends on."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        kept = {line for line in lines if line.startswith(("flags", "model", "Features", "CPU "))}
-        return repr(sorted(line for line in kept if not line.startswith("model name")))
+    """What -march=native depends on, and nothing that changes with time, as its frequency does."""
+    with contextlib.suppress(OSError):
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = {line for line in lines if line.partition(":")[0].strip() in _IDENTITY}
+        if kept:
+            return repr(sorted(kept))
     return repr(platform.uname()[4:])

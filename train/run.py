@@ -41,6 +41,11 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} = {value!r} is unknown; {hint}allowed are {', '.join(allowed)}")
 
 
+def _auto_or_number(name: str, value: int | str, least: int) -> None:
+    if isinstance(value, str) and value != "auto" or isinstance(value, int) and value < least:
+        raise ValueError(f"{name} = {value!r} must be auto or a whole number of at least {least}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     path: str = ""
@@ -197,14 +202,8 @@ class TrainSettings:
             _not_negative(f"train.{name}", getattr(self, name))
         for name in ("patience", "spikes"):
             _not_negative(f"train.{name}", getattr(self, name))
-        if isinstance(self.checkpoint_layers, str):
-            _one_of("train.checkpoint_layers", self.checkpoint_layers, ("auto",))
-        else:
-            _not_negative("train.checkpoint_layers", self.checkpoint_layers)
-        if isinstance(self.packs_at_once, str):
-            _one_of("train.packs_at_once", self.packs_at_once, ("auto",))
-        else:
-            _positive("train.packs_at_once", self.packs_at_once)
+        _auto_or_number("train.checkpoint_layers", self.checkpoint_layers, 0)
+        _auto_or_number("train.packs_at_once", self.packs_at_once, 1)
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"train.seed = {self.seed} must be 0 or more and below 2^32")
         if not 0 <= self.ema < 1:

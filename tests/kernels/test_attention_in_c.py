@@ -35,7 +35,7 @@ def passes(tensors: list[Tensor], bounds: tuple[int, ...]) -> list[Tensor]:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     found: torch.dtype = request.param
     if library_for(found, 16) is None:
-        pytest.skip(f"no attention in C for {found} here: {native.why_not(found) or 'no products'}")
+        pytest.skip(f"no attention in C for {found} here: {native.loaded(found).told}")
     return found
 
 
@@ -45,7 +45,7 @@ def narrow_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(native, "_loaded", {})
     monkeypatch.setitem(native.OPTIONS, torch.float32, NARROWER)
     monkeypatch.setitem(native.OPTIONS, torch.bfloat16, ("-DBFLOAT16", *NARROWER))
-    if native.why_not(torch.float32):
+    if native.loaded(torch.float32).library is None:
         pytest.skip("this compiler has no such option")
     yield
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,8 @@ LENGTHS = (23, 8, 40)
 
 
 @pytest.fixture
-def batch() -> Batch:
-    rng = np.random.default_rng(0)
-    sizes = [n + 1 for n in LENGTHS]
-    tokens = TokenSet.laid(
-        rng.integers(3, 512, sum(sizes)).astype(np.uint32),
-        sizes,
-        np.array([max(1, n // 2) for n in LENGTHS]),
-        [f"here:{i}" for i in range(len(LENGTHS))],
-    )
-    return collate(tokens, [0, 1, 2], {0: 0, 1: 1, 2: 2})
+def batch(random_samples: Callable[[Sequence[int]], TokenSet]) -> Batch:
+    return collate(random_samples(LENGTHS), [0, 1, 2], {0: 0, 1: 1, 2: 2})
 
 
 def copy_of(llm: Llm, dtype: torch.dtype = torch.float32) -> Llama:

@@ -1,8 +1,8 @@
 """Packs beside each other give the gradient of packs in turn, and the same bits every time."""
 
 import threading
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,15 +18,8 @@ PACKS = [[6, 0], [5], [4, 1], [2], [3]]
 
 
 @pytest.fixture
-def batches() -> list[Batch]:
-    rng = np.random.default_rng(0)
-    sizes = [n + 1 for n in LENGTHS]
-    samples = TokenSet.laid(
-        rng.integers(3, 512, sum(sizes)).astype(np.uint32),
-        sizes,
-        np.array([max(1, n // 2) for n in LENGTHS]),
-        [f"here:{i}" for i in range(len(LENGTHS))],
-    )
+def batches(random_samples: Callable[[Sequence[int]], TokenSet]) -> list[Batch]:
+    samples = random_samples(LENGTHS)
     return [collate(samples, pack, {i: 3 * i for i in range(len(LENGTHS))}) for pack in PACKS]
 
 

@@ -1,5 +1,6 @@
 """Laws of a training step, in float32 on a real small model: packing, micro-batches, masters."""
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,15 +21,8 @@ LENGTHS = (23, 8, 40, 5, 17, 31, 9)
 
 
 @pytest.fixture
-def samples() -> TokenSet:
-    rng = np.random.default_rng(0)
-    sizes = [n + 1 for n in LENGTHS]
-    return TokenSet.laid(
-        rng.integers(3, 512, sum(sizes)).astype(np.uint32),
-        sizes,
-        np.array([max(1, n // 2) for n in LENGTHS]),
-        [f"here:{i}" for i in range(len(LENGTHS))],
-    )
+def samples(random_samples: Callable[[Sequence[int]], TokenSet]) -> TokenSet:
+    return random_samples(LENGTHS)
 
 
 @pytest.fixture(params=["blocked", "sdpa"])
