@@ -9,25 +9,9 @@
 
 #include "lanes.h"
 
-#ifdef BFLOAT16
-#ifdef __AVX512BF16__
-#define HERE 1
-#endif
-#elif defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#define HERE 1
-#endif
-
-#ifndef HERE
-
 /* without an instruction for its products nothing here is faster than the library's */
-API long attention_room(long slots, long longest, long rows, long E, long G, int workers) {
-    return 0;
-}
-
-API void attention(void) {}
-API void attention_back(void) {}
-
-#else
+#if defined(BFLOAT16) ? defined(__AVX512BF16__) \
+                      : defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 
 #ifdef BFLOAT16
 typedef uint32_t word;
@@ -44,17 +28,17 @@ enum { WIDE = 4 };
 enum { WIDE = 2 };
 #endif
 enum {
-    DEEP = 6,         /* rows of a tile, which has WIDE vectors of columns: as many sums as fit */
-    PANEL = WIDE * W, /* keys, of which a panel holds all words of E beside each other */
-    KEYS = 512,       /* whose scores a block holds in the forward pass */
+    DEEP = 6,           /* rows of a tile, which has WIDE vectors of columns: as many sums as fit */
+    PANEL = WIDE * W,   /* keys, of which a panel holds all words of E beside each other */
+    KEYS = 512,         /* whose scores a block holds in the forward pass */
     VALUES = 64 * PAIR, /* whose words stay in the first cache */
-    STEP = 64 * PAIR, /* keys of a step of the backward pass; a multiple of PANEL */
+    STEP = 64 * PAIR,   /* keys of a step of the backward pass; a multiple of PANEL */
 };
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most_long(long a, long b) { return a > b ? a : b; }
 
-/* ---- products --------------------------------------------------------------------------------- */
+/* ---- products -------------------------------------------------------------------------------- */
 
 INLINE lanes added(lanes sum, word a, vector b) {
 #ifdef BFLOAT16
@@ -65,8 +49,8 @@ INLINE lanes added(lanes sum, word a, vector b) {
 }
 
 /* c = a b, or c += a b, of m rows and n vectors of columns; a[row * a_m + i * a_k], i < k */
-INLINE void tile_of(int m, int n, const word *a, long a_m, long a_k, const word *b, long b_k, long k,
-                    float *c, long c_m, int add) {
+INLINE void tile_of(int m, int n, const word *a, long a_m, long a_k, const word *b, long b_k,
+                    long k, float *c, long c_m, int add) {
     lanes sums[DEEP][WIDE];
 #pragma GCC unroll 8
     for (int i = 0; i < m; i++)
@@ -120,13 +104,13 @@ INLINE void one_tile(long m, long n, const word *a, long a_m, long a_k, const wo
 }
 
 /* a strip of at most DEEP rows and n columns, a multiple of W */
-INLINE void strip(long m, long n, const word *a, long a_m, long a_k, const word *b, long b_k, long k,
-                  float *c, long c_m, int add) {
+INLINE void strip(long m, long n, const word *a, long a_m, long a_k, const word *b, long b_k,
+                  long k, float *c, long c_m, int add) {
     for (long j = 0; j < n; j += PANEL)
         one_tile(m, least(n - j, PANEL), a, a_m, a_k, b + j, b_k, k, c + j, c_m, add);
 }
 
-/* ---- operands --------------------------------------------------------------------------------- */
+/* ---- operands -------------------------------------------------------------------------------- */
 
 #ifdef __AVX512F__
 /* W vectors become their columns, by exchanging blocks of 8, 4, 2 and 1 numbers */
@@ -206,8 +190,9 @@ INLINE void pack_rows(element *to, const element *x, long stride, long n, long w
 /* two rows of W numbers each, as words of PAIR rows */
 INLINE void put_rows(word *to, long stride, lanes low, lanes high) {
 #ifdef BFLOAT16
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                           24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+                                           16, 0);
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     both = _mm512_permutexvar_epi16(order, both);
     memcpy(to, &both, sizeof both);
@@ -217,7 +202,7 @@ INLINE void put_rows(word *to, long stride, lanes low, lanes high) {
 #endif
 }
 
-/* ---- softmax ---------------------------------------------------------------------------------- */
+/* ---- softmax --------------------------------------------------------------------------------- */
 
 #ifdef BFLOAT16
 /* 2^f for |f| <= 1/2: fitted for the least relative error, 2.8e-06 */
@@ -254,9 +239,8 @@ INLINE lanes first(lanes x, long n) {
 }
 
 typedef struct {
-    float c;      /* of the scores */
-    long J, E, H; /* H: heads of a token in o and its like */
-    long queries; /* of a block */
+    float c; /* of the scores, as above */
+    long J, E, H;
 } Shape;
 
 typedef struct {
@@ -320,7 +304,7 @@ static void take_scores(element *p, const float *s, long n, long wide, float c, 
         }
 }
 
-/* ---- forward ---------------------------------------------------------------------------------- */
+/* ---- forward --------------------------------------------------------------------------------- */
 
 /* Queries i to j - 1 of a document: o, and per row the largest score and the log2 of the sum. q and
    o begin at the block, kt and vp at the document. */
@@ -370,7 +354,7 @@ static void block_ahead(const Ahead *at, const Shape *is, const element *q, long
     }
 }
 
-/* ---- backward --------------------------------------------------------------------------------- */
+/* ---- backward -------------------------------------------------------------------------------- */
 
 typedef struct {
     word *kt, *vt, *kp, *q, *go, *qp, *gop, *p, *ds;
@@ -420,8 +404,8 @@ INLINE void pair_of_rows(int masked, word *p, word *ds, element *ds_rows, const 
 }
 
 /* p and ds of m rows from row r of the block on, for a panel of keys from u on */
-static void scores_back(const Back *at, const Shape *is, const float *tops, const float *logs, long m,
-                        long r, long i, long u, long column) {
+static void scores_back(const Back *at, const Shape *is, const float *tops, const float *logs,
+                        long m, long r, long i, long u, long column) {
     long J = is->J, inner = is->E / PAIR, last = i + (r + m - 1) / J + 1 - u;
     word *p = at->p + r / PAIR * STEP + column, *ds = at->ds + r / PAIR * STEP + column;
     if (last <= 0) {
@@ -432,8 +416,9 @@ static void scores_back(const Back *at, const Shape *is, const float *tops, cons
         return;
     }
     long n = least(last, PANEL);
-    one_tile(m, n, at->q + r * inner, inner, 1, at->kt + u * inner, PANEL, inner, at->s, PANEL, 0);
-    one_tile(m, n, at->go + r * inner, inner, 1, at->vt + u * inner, PANEL, inner, at->dp, PANEL, 0);
+    const word *q = at->q + r * inner, *go = at->go + r * inner;
+    one_tile(m, n, q, inner, 1, at->kt + u * inner, PANEL, inner, at->s, PANEL, 0);
+    one_tile(m, n, go, inner, 1, at->vt + u * inner, PANEL, inner, at->dp, PANEL, 0);
     int masked = i + r / J + 1 - u < PANEL || m % 2;
     for (long a = 0; a < m; a += 2) {
         long seen[2] = {i + (r + a) / J + 1 - u, a + 1 < m ? i + (r + a + 1) / J + 1 - u : 0};
@@ -454,7 +439,8 @@ static void scores_back(const Back *at, const Shape *is, const float *tops, cons
 /* Queries i to j - 1 of a document: dq, and what they add to its dk and dv. */
 static void block_back(const Back *at, const Shape *is, const element *q, long q_stride,
                        const element *o, const element *go, long go_stride, const float *tops,
-                       const float *logs, element *dq, long dq_stride, float scale, long i, long j) {
+                       const float *logs, element *dq, long dq_stride, float scale, long i,
+                       long j) {
     long J = is->J, E = is->E, rows = (j - i) * J, paired = (rows + PAIR - 1) / PAIR;
     pack_rows((element *)at->q, q, q_stride, j - i, J * E);
     pack_rows((element *)at->go, go, go_stride, j - i, J * E);
@@ -486,12 +472,13 @@ static void block_back(const Back *at, const Shape *is, const element *q, long q
             strip(m, E, ds, 1, STEP, at->qp + skip * E, E, paired - skip, dk, E, 1);
         }
     }
-    for (long r = 0; r < rows; r++)
-        for (long e = 0; e < E; e += W)
-            put(dq + r / J * dq_stride + r % J * E + e, W, get_floats(at->dq + r * E + e, W) * scale);
+    for (long r = 0; r < rows; r++) {
+        element *to = dq + r / J * dq_stride + r % J * E;
+        for (long e = 0; e < E; e += W) put(to + e, W, get_floats(at->dq + r * E + e, W) * scale);
+    }
 }
 
-/* ---- whole packs ------------------------------------------------------------------------------ */
+/* ---- whole packs ----------------------------------------------------------------------------- */
 
 /* Floats of room: forward for `slots` tokens packed, backward for the longest document. */
 API long attention_room(long slots, long longest, long rows, long E, long G, int workers) {
@@ -499,8 +486,8 @@ API long attention_room(long slots, long longest, long rows, long E, long G, int
     return workers * lay_back(0, 0, longest, rows, E);
 }
 
-/* workers take tasks from `next`, so that results and their place do not depend on who takes them */
-#define WORKERS _Pragma("omp parallel for num_threads(workers) if (workers > 1) schedule(static, 1)")
+/* workers take tasks from `next`; what a task computes does not depend on who takes it */
+#define WORKERS _Pragma("omp parallel for num_threads(workers) if (workers > 1) schedule(static)")
 #define TASKS(task, count)                                                                       \
     for (long task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < (count);)
 
@@ -511,15 +498,16 @@ API void attention(const element *q, long q_stride, const element *k, long k_str
                    float *room, const int64_t *documents, long num_documents, const int64_t *blocks,
                    long num_blocks, long T, long slots, long queries, long G, long J, long E,
                    int workers) {
-    Shape is = {1.44269504f / sqrtf((float)E), J, E, G * J, queries};
+    Shape is = {1.44269504f / sqrtf((float)E), J, E, G * J};
     word *kt = (word *)room, *vp = kt + G * slots * E / PAIR;
     float *own = room + 2 * G * slots * E / PAIR;
     long each = lay_ahead(0, 0, queries * J, E), next = 0;
     WORKERS
     for (int worker = 0; worker < workers; worker++)
         TASKS(task, num_documents * G) {
-            const int64_t *is_at = documents + task / G * 3;
-            long a = is_at[0], L = is_at[1] - a, g = task % G, at = (g * slots + is_at[2]) * E / PAIR;
+            const int64_t *document = documents + task / G * 3;
+            long a = document[0], L = document[1] - a, g = task % G;
+            long at = (g * slots + document[2]) * E / PAIR;
             pack_across(kt + at, k + a * k_stride + g * E, k_stride, L, E);
             pack_along(vp + at, v + a * v_stride + g * E, v_stride, L, E);
         }
@@ -532,9 +520,10 @@ API void attention(const element *q, long q_stride, const element *k, long k_str
             long g = task / num_blocks, block = num_blocks - 1 - task % num_blocks;
             const int64_t *document = documents + blocks[block * 2] * 3;
             long a = document[0], i = blocks[block * 2 + 1], t = a + i;
-            long j = least(i + queries, document[1] - a), packed = (g * slots + document[2]) * E / PAIR;
+            long packed = (g * slots + document[2]) * E / PAIR, row = (g * T + t) * J;
             block_ahead(&at, &is, q + t * q_stride + g * J * E, q_stride, kt + packed, vp + packed,
-                        o + (t * G + g) * J * E, tops + (g * T + t) * J, logs + (g * T + t) * J, i, j);
+                        o + (t * G + g) * J * E, tops + row, logs + row, i,
+                        least(i + queries, document[1] - a));
         }
     }
 }
@@ -546,7 +535,7 @@ API void attention_back(const element *q, long q_stride, const element *k, long 
                         element *dk, element *dv, long d_stride, float *room,
                         const int64_t *documents, long num_documents, long T, long longest,
                         long queries, long G, long J, long E, int workers) {
-    Shape is = {1.44269504f / sqrtf((float)E), J, E, G * J, queries};
+    Shape is = {1.44269504f / sqrtf((float)E), J, E, G * J};
     float scale = 1.0f / sqrtf((float)E);
     long each = lay_back(0, 0, longest, queries * J, E), next = 0;
     WORKERS

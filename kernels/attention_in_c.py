@@ -9,14 +9,17 @@ takes the keys up to its end in panels, and of the diagonal's panels each six ro
 that they see and at most 15 more. Heads are read and written where they lie, in rows of any
 stride; what is packed anew is a key head's k and v, and a block's q and do.
 
+Float32 needs AVX2, bfloat16 AVX512-BF16, and E a multiple of 16 up to 256; else the backend runs
+attention_blocked.py.
+
 Shapes   T = packed tokens, H = query heads, G = key and value heads, J = H / G, E = head width.
 Numerics Products of elements with sums in float32; softmax and its gradient in float32;
          probabilities and scores' gradients are rounded to the input dtype for the next product.
          Results do not depend on the number of threads.
 Saved    q, k, v and o, and for each row the largest score and the log2 of the sum: 8 T H bytes.
 Bound    FLOPs: 2 T E H (T + 1) forward and 5 T E H (T + 1) backward for one document.
-Threads  share key heads and blocks of queries forward, and only key heads of documents backward: dk
-         and dv of a key head are sums in one order.
+Threads  share key heads and blocks of queries forward, and only documents' key heads backward, as
+         dk and dv of a key head are sums in one order.
 """
 
 import ctypes
@@ -145,8 +148,7 @@ def _workers(plan: Plan, tasks: int, heads: int) -> int:
 def library_for(dtype: torch.dtype, E: int) -> ctypes.CDLL | None:
     """The library for heads of this kind; None where it has nothing faster on this processor."""
     library = native(_HERE, dtype) if E in WIDTHS else None
-    there = library is not None and library.attention_room(1, 1, 1, E, 1, 1) > 0
-    return library if there else None
+    return library if hasattr(library, "attention") else None
 
 
 def function_for(dtype: torch.dtype, E: int) -> type[InC] | type[Blocked]:
