@@ -34,13 +34,13 @@ from bioinstruct.kernels.attention_blocked import Blocked
 from bioinstruct.kernels.native import addresses, native
 
 BLOCK_ROWS = {torch.bfloat16: 96, torch.float32: 48}
-"""Queries times J of a block, as many as one token has at least (LOG.md)."""
+"""Queries times J of a block; a token's J where that is more. 24 to 96 words make no difference."""
 PANEL = 64
 """Slots of a document are a multiple of it; attention.c's panels are no wider."""
 WIDTHS = range(16, 257, 16)
-_HERE = torch.empty(0)
+_HERE = torch.empty(0, device="cpu")
 SMALL = 1 << 15
-"""Tokens times rows below which threads cost more than they bring."""
+"""Scores below which threads cost more than they bring."""
 
 
 class Plan(NamedTuple):
