@@ -51,6 +51,7 @@ from bioinstruct.model.adapters import (
     LoraSettings,
     projection_shapes,
 )
+from bioinstruct.model.augmented_layers import Residual
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Block
 
@@ -160,11 +161,11 @@ class Case:
     def plain(self) -> None:
         """The layer as the trainer runs it."""
         given = self.rotation, self.attend, self.adapters, self.dropout
-        self.backward(self.block(self.x_TD, *given))
+        self.backward(self.block(Residual(self.x_TD), *given).added())
 
     def frozen(self) -> None:
         """The layer without adapters."""
-        self.backward(self.block(self.x_TD, self.rotation, self.attend))
+        self.backward(self.block(Residual(self.x_TD), self.rotation, self.attend).added())
 
     def augmented(self) -> Call | None:
         """The layer over augmented buffers, where this model has them and the kernels run."""

@@ -55,6 +55,7 @@ from bioinstruct.benches.workload import (
 from bioinstruct.kernels import linear_cross_entropy, rmsnorm
 from bioinstruct.kernels.attention_blocked import blocks_of
 from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.augmented_layers import Residual
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Block, Llama
 from bioinstruct.model.llm import choose_device, choose_dtype
@@ -163,10 +164,10 @@ def frozen_pass(step: Step, batch: Batch) -> Tensor:
     model = step.model
     attend = model.packed_attention(batch.pack.documents)
     rotation = model.rotation(batch.pack.positions_T)
-    x_TD = model.embedding_VD[batch.pack.ids_T].requires_grad_()
+    residual = Residual(model.embedding_VD[batch.pack.ids_T].requires_grad_())
     for block in model.blocks:
-        x_TD = block(x_TD, rotation, attend)
-    h_TD = rmsnorm(x_TD, model.norm_D, model.config.norm_eps)
+        residual = block(residual, rotation, attend)
+    h_TD = rmsnorm(residual.added(), model.norm_D, model.config.norm_eps)
     labelled = batch.rows_S, batch.labels_S
     loss = linear_cross_entropy(h_TD, model.head_VD, *labelled, step.scale)
     loss.backward()

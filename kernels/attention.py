@@ -3,7 +3,8 @@
     o_t = sum_{u <= t, same document} softmax_u(q_t . k_u / sqrt(E)) v_u
 
 Backends, chosen by `choose_backend` once and named in the log:
-    blocked  our own for CPUs (attention_blocked.py)
+    blocked  our own for CPUs, in C (attention_in_c.py) or by library products
+             (attention_blocked.py)
     sdpa     torch's scaled_dot_product_attention, document by document; runs on any device
     flash3, varlen, flash2, xformers, flex
              a whole pack in one call on a GPU (attention_packed.py), tried in this order
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bioinstruct.kernels import attention_packed
-from bioinstruct.kernels.attention_blocked import Blocked
+from bioinstruct.kernels.attention_in_c import blocked
 from bioinstruct.kernels.documents import Documents
 
 BACKENDS = "blocked", "sdpa", *attention_packed.CALLS
@@ -220,8 +221,7 @@ def attention(
     if documents.bounds[-1] != T:
         raise ValueError(f"the documents cover {documents.bounds[-1]} tokens, the pack has {T}")
     if backend == "blocked":
-        o_THE: Tensor = Blocked.apply(q_THE, k_TGE, v_TGE, documents.bounds)
-        return o_THE
+        return blocked(q_THE, k_TGE, v_TGE, documents.bounds)
     # an empty pack is nothing that the packages were made for
     call = _sdpa if backend == "sdpa" or not T else attention_packed.CALLS[backend]
     return call(q_THE, k_TGE, v_TGE, documents)

@@ -23,7 +23,7 @@ from torch import Tensor
 from bioinstruct.kernels.dispatch import jit, launch, next_power_of_2, tl, uses_triton
 from bioinstruct.kernels.native import addresses, native, threads_for
 
-CHUNK_BYTES = 64 << 20  # logits of one chunk: enough rows for a GEMM that reads the whole head
+CHUNK_BYTES = 32 << 20  # logits of one chunk: enough rows for a GEMM that reads the whole head
 SOFTMAX_BYTES = 2 << 20  # of these, rows made wide at once: they stay in a CPU core's cache
 GPU_CHUNK_BYTES = 256 << 20  # 4,096 rows of 32,000 bfloat16 logits: whole tiles for the GEMMs
 BLOCK_V = 4096

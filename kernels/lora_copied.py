@@ -1,4 +1,4 @@
-"""LoRA linear over copies of the masters that were made once a step: the path of CPUs.
+"""LoRA linear over copies of the masters that were made once a step: the path without Triton.
 
     y  = x W^T + t B^T,     t  = (m*x) A^T        with B the master times its scale
     dx = dy W  + m*(ds A),  ds = dy B,   dA += ds^T (m*x),   dB += scale dy^T t
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bioinstruct.kernels.branches import add_outer, add_product, product_into
 from bioinstruct.kernels.dropout import Dropout
 from bioinstruct.kernels.rows import with_dense_rows
 
@@ -51,80 +52,110 @@ class Copies(NamedTuple):
     """One of them; autograd visits a function only for an input that trains."""
 
 
+class Frozen(NamedTuple):
+    """One use of a frozen weight, with its branches where it has some.
+
+    The two passes of lora.py as steps: forward; then, from the gradient of the output,
+    `into_b`, `input_gradient` and `into_a`.
+    """
+
+    w_NK: Tensor
+    """(N, K); a group's weights lie one below the other."""
+    copies: Copies | None = None
+    """Of the group's branches in the weight's dtype, as new as the masters."""
+    dropout: Dropout | None = None
+    """Masks of the branches' input, one for the whole group."""
+    site: int = 0
+    """Number of this group in the model, which the masks depend on."""
+
+    @property
+    def master(self) -> Tensor | None:
+        """What autograd is to visit a function for."""
+        return None if self.copies is None else self.copies.master
+
+    def _mask(self, dtype: torch.dtype) -> Tensor | None:
+        if self.dropout is None:
+            return None
+        return self.dropout.mask(self.site, self.w_NK.shape[1], dtype)
+
+    def forward(self, x_TK: Tensor) -> tuple[Tensor, Tensor | None]:
+        """y and t."""
+        if self.copies is None:
+            return torch.mm(x_TK, self.w_NK.T), None
+        mask_TK = self._mask(x_TK.dtype)
+        inner_TK = x_TK if mask_TK is None else mask_TK.mul_(x_TK)
+        t_TR = x_TK.new_empty(len(x_TK), len(self.copies.a_RK))
+        product_into(t_TR, inner_TK, self.copies.a_RK.T)
+        y_TN = torch.mm(x_TK, self.w_NK.T)
+        for b_NR, _, _, start, rank in self.copies.branches:
+            N, R = b_NR.shape
+            add_product(_columns(y_TN, start, N), _columns(t_TR, rank, R), b_NR.T)
+        return y_TN, t_TR
+
+    def into_b(self, dy_TN: Tensor, t_TR: Tensor | None) -> Tensor | None:
+        """Add dB where it belongs; return ds."""
+        if self.copies is None or t_TR is None:
+            return None
+        ds_TR = torch.empty_like(t_TR)
+        for b_NR, grad_NR, scale, start, rank in self.copies.branches:
+            N, R = b_NR.shape
+            own_TN = _columns(dy_TN, start, N)
+            product_into(_columns(ds_TR, rank, R), own_TN, b_NR)
+            add_outer(grad_NR.T, _columns(t_TR, rank, R), own_TN, scale)
+        return ds_TR
+
+    def input_gradient(self, dy_TN: Tensor, ds_TR: Tensor | None) -> Tensor:
+        """dx."""
+        if self.copies is None or ds_TR is None:
+            return torch.mm(dy_TN, self.w_NK)
+        mask_TK = self._mask(dy_TN.dtype)
+        if mask_TK is None:
+            dx_TK = torch.mm(dy_TN, self.w_NK)
+            add_product(dx_TK, ds_TR, self.copies.a_RK)
+            return dx_TK
+        return torch.mm(ds_TR, self.copies.a_RK).mul_(mask_TK).addmm_(dy_TN, self.w_NK)
+
+    def into_a(self, x_TK: Tensor, ds_TR: Tensor | None) -> None:
+        """Add dA where it belongs."""
+        if self.copies is None or ds_TR is None:
+            return
+        mask_TK = self._mask(x_TK.dtype)
+        inner_TK = x_TK if mask_TK is None else mask_TK.mul_(x_TK)
+        add_outer(self.copies.a_grad_RK, ds_TR, inner_TK)
+
+
 def _columns(x: Tensor, first: int, number: int) -> Tensor:
     return x if number == x.shape[1] else x.narrow(1, first, number)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, alpha=scale)
-    else:
-        total.add_(torch.mm(left, right), alpha=scale)
-
-
-class _CopiedLora(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TK: Tensor,
-        w_NK: Tensor,
-        copies: Copies,
-        dropout: Dropout | None,
-        site: int,
-        master: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, frozen: Frozen, master: Tensor | None) -> Tensor:
         del master  # autograd's alone
-        inner_TK = x_TK
-        if dropout is not None:
-            inner_TK = dropout.mask(site, x_TK.shape[1], x_TK.dtype).mul_(x_TK)
-        t_TR = torch.mm(inner_TK, copies.a_RK.T)
-        y_TN = torch.mm(x_TK, w_NK.T)
-        for b_NR, _, _, start, rank in copies.branches:
-            N, R = b_NR.shape
-            _columns(y_TN, start, N).addmm_(_columns(t_TR, rank, R), b_NR.T)
-        ctx.save_for_backward(x_TK, w_NK, t_TR)
-        ctx.rest = copies, dropout, site
+        y_TN, t_TR = frozen.forward(x_TK)
+        ctx.save_for_backward(x_TK, t_TR)
+        ctx.frozen = frozen
         return y_TN
 
     @staticmethod
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
-        x_TK, w_NK, t_TR = ctx.saved_tensors
-        copies, dropout, site = ctx.rest
-        dy_TN, ds_TR = with_dense_rows(dy_TN), torch.empty_like(t_TR)
-        for b_NR, grad_NR, scale, start, rank in copies.branches:
-            N, R = b_NR.shape
-            own_TN = _columns(dy_TN, start, N)
-            torch.mm(own_TN, b_NR, out=_columns(ds_TR, rank, R))
-            _add_product(grad_NR, own_TN.T, _columns(t_TR, rank, R), scale)
-        mask_TK = None if dropout is None else dropout.mask(site, x_TK.shape[1], x_TK.dtype)
-        inner_TK = x_TK if mask_TK is None else x_TK * mask_TK
-        _add_product(copies.a_grad_RK, ds_TR.T, inner_TK)
-        dx_TK = None
-        if ctx.needs_input_grad[0]:
-            dx_TK = (
-                torch.mm(dy_TN, w_NK).addmm_(ds_TR, copies.a_RK)
-                if mask_TK is None
-                else torch.mm(ds_TR, copies.a_RK).mul_(mask_TK).addmm_(dy_TN, w_NK)
-            )
-        return dx_TK, None, None, None, None, None
+        (x_TK, t_TR), frozen = ctx.saved_tensors, ctx.frozen
+        dy_TN = with_dense_rows(dy_TN)
+        ds_TR = frozen.into_b(dy_TN, t_TR)
+        frozen.into_a(x_TK, ds_TR)
+        dx_TK = frozen.input_gradient(dy_TN, ds_TR) if ctx.needs_input_grad[0] else None
+        return dx_TK, None, None
 
 
-def copied_lora_linear(
-    x_TK: Tensor, w_NK: Tensor, copies: Copies, dropout: Dropout | None = None, site: int = 0
-) -> Tensor:
+def copied_linear(x_TK: Tensor, frozen: Frozen) -> Tensor:
     """Frozen linear of a group of projections plus its LoRA branches.
 
     Args:
-        x_TK: (T, K) activations.
-        w_NK: (N, K) frozen weight in x's dtype; a group's weights lie one below the other.
-        copies: of the group's branches in x's dtype, as new as the masters.
-        dropout: masks of the branches' input, one for the whole group; or None.
-        site: number of this group in the model, which the masks depend on.
+        x_TK: (T, K) activations in the weight's dtype.
+        frozen: the weight and its branches.
 
     Returns:
         (T, N), in x's dtype.
     """
-    y_TN: Tensor = _CopiedLora.apply(
-        with_dense_rows(x_TK), w_NK, copies, dropout, site, copies.master
-    )
+    y_TN: Tensor = _Linear.apply(with_dense_rows(x_TK), frozen, frozen.master)
     return y_TN

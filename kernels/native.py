@@ -62,9 +62,19 @@ ARGUMENTS = {
     "causal_softmax": (_P, _L, _L, _L, _L, _I),
     "causal_softmax_back": (_P, _P, _L, _L, _L, _L, _I),
     "cross_entropy": (_P, _P, _P, _L, _L, _I, _I),
+    "expand": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "shrink": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "add_outer": (_P, _L, _L, _P, _L, _P, _L, _F, _L, _L, _L, _I),
+    "pair_rows": (_P, _L, _P, _L, _L, _L),
+    "pair_columns": (_P, _L, _P, _L, _L, _L),
     "dropout_mask": (_P, _P, _P, _L, _L, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _F, _I),
-}
-RESULTS: dict[str, type[Any]] = {}
+    "attention_room": (_L, _L, _L, _L, _L, _I),
+    "attention": (_P, _L) * 3 + (_P,) * 5 + (_L, _P) + (_L,) * 7 + (_I,),
+    "attention_back": (
+        (_P, _L) * 3 + (_P, _P, _L) + (_P,) * 5 + (_L, _P, _P) + (_L,) * 7 + (_I,)
+    ),
+}  # fmt: skip
+RESULTS: dict[str, type[Any]] = {"attention_room": _L}
 """Of the functions that return something."""
 
 

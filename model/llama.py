@@ -28,11 +28,15 @@ from torch.utils.checkpoint import checkpoint
 from bioinstruct.kernels import (
     Documents,
     Dropout,
+    Frozen,
+    Gain,
     Heads,
     Rotation,
     add_rmsnorm,
     attention,
-    copied_lora_linear,
+    copied_linear,
+    copied_norm_linear,
+    copied_norm_mlp,
     lora_linear,
     rmsnorm,
     split_rope,
@@ -105,25 +109,55 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_TD: Tensor,
+        residual: Residual,
         rotation: Rotation,
         attend: Attend,
         adapters: Adapters | None = None,
         dropout: Dropout | None = None,
-    ) -> Tensor:
+    ) -> Residual:
         """Map the residual stream (T, D) to the next layer's."""
+        weight, trains = self.qkv_ND, self.qkv_ND.requires_grad
+        own_masks = adapters is not None and adapters.settings.dropout_per_module
+        if trains or own_masks or uses_triton(weight, residual.x_TD):
+            return Residual(self._by_op(residual.added(), rotation, attend, adapters, dropout))
+        x_TD, delta_TD, _ = residual
+        qkv, o, gate_up, down = (
+            self._frozen(group, weight, adapters, dropout)
+            for group, weight in self.matrices().items()
+        )
+        norm = Gain(self.attention_norm_D, self.config.norm_eps)
+        x_TD, qkv_TN = copied_norm_linear(x_TD, delta_TD, norm, qkv, self.bias_N)
+        heads = split_rope(self.normed_heads(qkv_TN), rotation, self.config.num_heads)
+        o_TD = copied_linear(attend(self.layer, heads).flatten(1), o)
+        norm = Gain(self.mlp_norm_D, self.config.norm_eps)
+        return Residual(*copied_norm_mlp(x_TD, o_TD, norm, gate_up, down))
+
+    def _frozen(
+        self, group: str, weight: Tensor, adapters: Adapters | None, dropout: Dropout | None
+    ) -> Frozen:
+        if adapters is None:
+            return Frozen(weight)
+        copies = adapters.copies(self.layer, group, weight.dtype)
+        return Frozen(weight, copies, dropout, self._site(group))
+
+    def _site(self, group: str) -> int:
+        return self.layer * len(GROUPS) + GROUPS.index(group)
+
+    def _by_op(
+        self,
+        x_TD: Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        adapters: Adapters | None,
+        dropout: Dropout | None,
+    ) -> Tensor:
+        """One operation after the other: where weights train, or a projection has its own mask."""
 
         def linear(group: str, x: Tensor, weight: Tensor) -> Tensor:
             if adapters is None:
                 return lora_linear(x, weight)
-            site, settings = self.layer * len(GROUPS) + GROUPS.index(group), adapters.settings
-            if uses_triton(x, weight) or settings.dropout_per_module:
-                branches = adapters.branches(self.layer, group)
-                return lora_linear(x, weight, branches, settings.scale, dropout, site)
-            copies = adapters.copies(self.layer, group, x.dtype)
-            if copies is None:
-                return lora_linear(x, weight)
-            return copied_lora_linear(x, weight, copies, dropout, site)
+            branches, scale = adapters.branches(self.layer, group), adapters.settings.scale
+            return lora_linear(x, weight, branches, scale, dropout, self._site(group))
 
         h_TD = rmsnorm(x_TD, self.attention_norm_D, self.config.norm_eps)
         qkv_TN = linear("qkv", h_TD, self.qkv_ND)
@@ -289,8 +323,7 @@ class Llama(nn.Module):
             if buffers is not None:
                 residual = _run(buffers, residual, rotation, attend, dropout, again=again)
                 continue
-            given = residual.added(), rotation, attend, adapters, dropout
-            residual = Residual(_run(block, *given, again=again))
+            residual = _run(block, residual, rotation, attend, adapters, dropout, again=again)
         x_TD, delta_TD, room = residual
         if delta_TD is None:
             return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bioinstruct.kernels import Heads, attention, rmsnorm
 from bioinstruct.model.adapters import Adapters
+from bioinstruct.model.augmented_layers import Residual
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llama import Block, Llama, Pack, inverse_frequency, rotation_at
 
@@ -73,13 +74,13 @@ def streamed_logits(
         return attention(*heads, pack.documents, "sdpa")
 
     embedding_VD = weights("model.embed_tokens.weight")
-    x_TD = embedding_VD[pack.ids_T].to(wide)
+    residual = Residual(embedding_VD[pack.ids_T].to(wide))
     rotation = rotation_at(pack.positions_T, inverse_frequency(config, cpu), wide)
     for layer in range(config.num_layers):
         block = Block(config, layer, cpu, wide)
         for name, place in block.destinations().items():
             place.copy_(weights(f"model.layers.{layer}.{name}"))
-        x_TD = block(x_TD, rotation, attend, adapters)
-    h_TD = rmsnorm(x_TD, weights("model.norm.weight").to(wide), config.norm_eps)
+        residual = block(residual, rotation, attend, adapters)
+    h_TD = rmsnorm(residual.added(), weights("model.norm.weight").to(wide), config.norm_eps)
     head_VD = embedding_VD if config.tied_embeddings else weights("lm_head.weight")
     return torch.cat([h_TD @ rows.to(wide).T for rows in head_VD.split(HEAD_ROWS)], dim=1)

@@ -27,6 +27,7 @@ from bioinstruct.benches.train_step import (
 )
 from bioinstruct.benches.workload import SHAPES, Job, Step, make_step
 from bioinstruct.model.adapters import projection_shapes
+from bioinstruct.model.augmented_layers import Residual
 from bioinstruct.train.step import add_gradient
 
 SCRIPT = Path(train_step.__file__)
@@ -163,10 +164,10 @@ def test_the_frozen_pass_computes_every_input_gradient(
     found = []
     call = type(step.model.blocks[0]).forward
 
-    def spy(self: Any, x_TD: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def spy(self: Any, residual: Residual, *rest: Any) -> Residual:
         if self.layer == 0:
-            x_TD.register_hook(lambda grad: found.append(grad.abs().sum()))
-        return call(self, x_TD, *rest)
+            residual.x_TD.register_hook(lambda grad: found.append(grad.abs().sum()))
+        return call(self, residual, *rest)
 
     monkeypatch.setattr(type(step.model.blocks[0]), "forward", spy)
     over_packs(step, side_by_side(step, None), lambda *given: partial(frozen_pass, *given))()

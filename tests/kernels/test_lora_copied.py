@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels import Branch, Copies, Dropout, copied_lora_linear
+from bioinstruct.kernels import Branch, Copies, Dropout, Frozen, copied_linear
 from bioinstruct.kernels.lora import lora_linear_reference
 from bioinstruct.kernels.lora_copied import CopiedB
 
@@ -77,7 +77,7 @@ def test_it_computes_what_the_reference_does(
 
     exact, eager = reference(torch.float64), reference(dtype)
     copies, leaf = copies_of(branches, dtype), x.to(dtype, copy=True).requires_grad_()
-    y = copied_lora_linear(leaf, w.to(dtype), copies, dropout, 6)
+    y = copied_linear(leaf, Frozen(w.to(dtype), copies, dropout, 6))
     y.backward(dy.to(dtype))
     assert leaf.grad is not None and copies.master.grad is None
     da = (copies.a_grad_RK - 1).split([len(b.a_RK) for b in branches])
@@ -92,7 +92,7 @@ def test_it_computes_what_the_reference_does(
 def test_the_first_layer_whose_input_needs_no_gradient_still_learns() -> None:
     x, w, dy, branches = tensors(CASES["qkv"], 7, torch.float32)
     copies = copies_of(branches, torch.float32)
-    copied_lora_linear(x.float(), w.float(), copies).backward(dy.float())
+    copied_linear(x.float(), Frozen(w.float(), copies)).backward(dy.float())
     assert not torch.equal(copies.a_grad_RK, torch.ones_like(copies.a_grad_RK))
 
 
@@ -100,5 +100,5 @@ def test_only_x_and_t_are_saved() -> None:
     x, w, _, branches = tensors(CASES["qkv"], 7, torch.float32)
     leaf, saved = x.float().requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        copied_lora_linear(leaf, w.float(), copies_of(branches, torch.float32))
-    assert [tuple(t.shape) for t in saved] == [(7, 33), (50, 33), (7, 10)]
+        copied_linear(leaf, Frozen(w.float(), copies_of(branches, torch.float32)))
+    assert [tuple(t.shape) for t in saved] == [(7, 33), (7, 10)]

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels import Dropout, attention_blocked, linear_cross_entropy
+from bioinstruct.kernels import Dropout, Heads, attention_blocked, linear_cross_entropy
 from bioinstruct.kernels.adamw import NORM_PIECE
-from bioinstruct.kernels.attention_blocked import Blocked
+from bioinstruct.kernels.attention_in_c import function_for
 from bioinstruct.model.adapters import Adapters, projection_shapes
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.generate import CACHE_BYTES
@@ -163,7 +163,13 @@ def _attention(backend: str, pack: Pack) -> Attend:
     if backend != "blocked":
         return lambda _, heads: AttentionBytes.apply(*heads, backend)
     bounds = (*range(0, pack.tokens, pack.longest), pack.tokens)
-    return lambda _, heads: Blocked.apply(*heads, bounds)
+
+    def attend(_: int, heads: Heads) -> Tensor:
+        function = function_for(heads.q_THE.dtype, heads.q_THE.shape[2])
+        o_THE: Tensor = function.apply(*heads, bounds)
+        return o_THE
+
+    return attend
 
 
 def _counted(length: int) -> Tensor:

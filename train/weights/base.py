@@ -14,7 +14,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from bioinstruct.kernels.attention import choose_backend
 from bioinstruct.model.adapters import Adapters, LoraSettings
@@ -29,7 +28,6 @@ from bioinstruct.train.ranks.process import Ranks
 from bioinstruct.train.run import Run
 from bioinstruct.train.weights.full import WholeWeights
 from bioinstruct.train.weights.masters import LoraMasters, Masters
-from bioinstruct.train.weights.sharding import ShardedWeights, sharded_model
 
 ROOM = 0.7
 """Share of the free memory that weights and their training may take; activations need the rest."""
@@ -56,6 +54,9 @@ def load_base(run: Run, ranks: Ranks) -> Llm:
         model = Llama(checkpoint.config, device, dtype)
         checkpoint.load_into(model.destinations())
     else:
+        # only here: torch's FSDP takes a second and 43 MB to import
+        from bioinstruct.train.weights.sharding import sharded_model
+
         model = sharded_model(checkpoint, ranks, mode=mode, dtype=dtype, trains=trains)
     model.attention_backend = choose_backend(run.attention, device, dtype)
     model.recomputed_layers = recomputed_layers(run, checkpoint.config)
@@ -129,7 +130,7 @@ def masters_of(run: Run, llm: Llm, ranks: Ranks) -> Masters:
         ValueError: as for Adapters.starting and check_alike.
     """
     model = llm.model
-    is_sharded = isinstance(model, FSDPModule)
+    is_sharded = hasattr(model, "unshard")  # FSDP2 gives a module that it takes over this method
     if run.train.method == "lora":
         if is_sharded and run.lora.init != LoraSettings.init:
             raise ValueError(
@@ -143,6 +144,8 @@ def masters_of(run: Run, llm: Llm, ranks: Ranks) -> Masters:
         check_alike(llm.adapters, ranks)
         return LoraMasters(llm.adapters, is_sharded=is_sharded)
     if is_sharded:
+        from bioinstruct.train.weights.sharding import ShardedWeights
+
         return ShardedWeights(model, ranks)
     whole = WholeWeights(model)
     if model.dtype != whole.flat_P.dtype:
