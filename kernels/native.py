@@ -95,6 +95,9 @@ class Loaded(NamedTuple):
     told: str
     """Its compiler, or why there is none."""
 
+    def __str__(self) -> str:
+        return f"{'torch' if self.library is None else 'C'} ({self.told})"
+
 
 _loaded: dict[torch.dtype, Loaded] = {}
 _loading = threading.Lock()  # packs side by side may ask at once
@@ -142,6 +145,26 @@ def counted() -> Iterator[None]:
         yield
     finally:
         _Counting.on = False
+
+
+def operations(device: torch.device, dtype: torch.dtype) -> str:
+    """What the operations on a device run in, for people: C, Triton's kernels or torch's own."""
+    if device.type == "cpu" and dispatch.choice() == "auto":
+        return str(loaded(dtype))
+    return "Triton" if dispatch.uses_triton(torch.empty(0, device=device)) else "torch"
+
+
+def why_slower(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why operations that might run in C run in torch; None where they do not."""
+    if device.type != "cpu" or dtype not in OPTIONS or dispatch.choice() != "auto":
+        return None
+    library, told = loaded(dtype)
+    return told if library is None else None
+
+
+def used() -> str:
+    """What the operations on this process's CPU have run in so far; empty where none have."""
+    return ", ".join(sorted({str(found) for found in _loaded.values()}))
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int | None, ...]:
@@ -194,7 +217,7 @@ def _compiler() -> tuple[str, ...]:
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return (found,)
-    raise Unavailable("there is no C compiler: no cc, gcc or clang, and no $CC")
+    raise Unavailable("there is no cc, gcc or clang, and $CC names no other")
 
 
 def _first_that_loads(
