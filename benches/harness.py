@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bioinstruct.kernels.native import operations
 from bioinstruct.synth.console import Progress
 from bioinstruct.train.report.metrics import peak_memory_bytes
 from bioinstruct.train.report.provenance import commit, cpu_info, package_version
@@ -121,6 +122,7 @@ def describe(device: torch.device, packages: Sequence[str] = ()) -> dict[str, An
         "cpu": cpu.get("model name", platform.processor() or platform.machine()),
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
         "threads": torch.get_num_threads(),
+        "operations": operations(device, torch.float32),
         "versions": {
             "python": platform.python_version(),
             **{name: package_version(name) for name in ("torch", "numpy", *packages)},

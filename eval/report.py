@@ -190,6 +190,10 @@ def _versions() -> dict[str, str]:
     for name in ("numpy", "torch"):
         if name in sys.modules:
             found[name] = version(name)
+    # what of a model runs in C on a CPU; scoring alone has no model
+    native = sys.modules.get("bioinstruct.kernels.native")
+    if native is not None and (used := native.used()):
+        found["operations"] = used
     return found
 
 

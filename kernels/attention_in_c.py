@@ -38,7 +38,6 @@ BLOCK_ROWS = {torch.bfloat16: 96, torch.float32: 48}
 PANEL = 64
 """Slots of a document are a multiple of it; attention.c's panels are no wider."""
 WIDTHS = range(16, 257, 16)
-_HERE = torch.empty(0, device="cpu")
 SMALL = 1 << 15
 """Scores below which threads cost more than they bring."""
 
@@ -83,7 +82,7 @@ class InC(torch.autograd.Function):
     def forward(
         ctx: Any, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, bounds: tuple[int, ...]
     ) -> Tensor:
-        library = library_for(q_THE.dtype, q_THE.shape[2])
+        library = library_for(q_THE, k_TGE, v_TGE)
         assert library is not None
         (T, H, E), G = q_THE.shape, k_TGE.shape[1]
         q, k, v = (_side_by_side(x) for x in (q_THE, k_TGE, v_TGE))
@@ -94,8 +93,7 @@ class InC(torch.autograd.Function):
         sums = empty(q, 2, G, T * H // G, dtype=torch.float32)
         floats = library.attention_room(plan.slots, plan.longest, queries * H // G, E, G, workers)
         room = empty(q, floats, dtype=torch.float32)
-        run = _nothing if q.is_meta else library.attention
-        run(
+        library.attention(
             *_placed(q, k, v), *addresses(o_THE, sums[0], sums[1], room),
             plan.documents.data_ptr(), len(plan.documents), plan.blocks.data_ptr(),
             len(plan.blocks), T, plan.slots, queries, G, H // G, E, workers,
@@ -115,8 +113,7 @@ class InC(torch.autograd.Function):
         dq_THE, dk_TGE, dv_TGE = d_THE.split((H, G, G), 1)
         floats = library.attention_room(0, plan.longest, queries * H // G, E, G, workers)
         room = empty(q, floats, dtype=torch.float32)
-        run = _nothing if q.is_meta else library.attention_back
-        run(
+        library.attention_back(
             *_placed(q, k, v), o_THE.data_ptr(), *_placed(do_THE),
             *addresses(sums[0], sums[1], dq_THE, dk_TGE, dv_TGE), d_THE.stride(0),
             *addresses(room, plan.documents), len(plan.documents), T, plan.longest, queries,
@@ -131,10 +128,6 @@ def _side_by_side(x_THE: Tensor) -> Tensor:
     return x_THE if plain else x_THE.contiguous()
 
 
-def _nothing(*_: object) -> None:
-    """What runs on the meta device, where only allocations count."""
-
-
 def _placed(*tensors: Tensor) -> tuple[int, ...]:
     """Where each begins and how far its rows are apart."""
     return tuple(number for x in tensors for number in (x.data_ptr(), x.stride(0)))
@@ -145,21 +138,17 @@ def _workers(plan: Plan, tasks: int, heads: int) -> int:
     return 1 if small else max(1, min(tasks, torch.get_num_threads()))
 
 
-def library_for(dtype: torch.dtype, E: int) -> ctypes.CDLL | None:
-    """The library for heads of this kind; None where it has nothing faster on this processor."""
-    library = native(_HERE, dtype) if E in WIDTHS else None
+def library_for(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> ctypes.CDLL | None:
+    """The library, where it has attention for these heads on this processor."""
+    kinds = {(x.device, x.dtype) for x in (q_THE, k_TGE, v_TGE)}
+    fits = len(kinds) == 1 and q_THE.shape[2] in WIDTHS
+    library = native(q_THE) if fits else None
     return library if hasattr(library, "attention") else None
-
-
-def function_for(dtype: torch.dtype, E: int) -> type[InC] | type[Blocked]:
-    """What the backend "blocked" runs on this CPU for heads of this kind."""
-    return Blocked if library_for(dtype, E) is None else InC
 
 
 def blocked(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """The backend "blocked": in C, or by library products."""
     heads = q_THE, k_TGE, v_TGE
-    alike = all(x.device.type == "cpu" and x.dtype == q_THE.dtype for x in heads)
-    function = function_for(q_THE.dtype, q_THE.shape[2]) if alike else Blocked
+    function = Blocked if library_for(*heads) is None else InC
     o_THE: Tensor = function.apply(*heads, bounds)
     return o_THE

@@ -1,6 +1,7 @@
 """What is installed is what the tree holds, under one name, and imports point one way."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -98,6 +99,30 @@ def test_wheel_carries_every_file_under_one_name(wheel: Path) -> None:
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     tree = {f"bioinstruct/{p.relative_to(ROOT)}" for f in SHIPPED for p in files(f)}
     assert names == tree, f"missing {sorted(tree - names)}, unexpected {sorted(names - tree)}"
+
+
+def test_the_c_in_the_wheel_compiles(wheel: Path, tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("needs a C compiler")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path)
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch
+        from bioinstruct.kernels import native
+        print(native.__file__, native.loaded(torch.float32).library is not None)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "BIOINSTRUCT_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{tmp_path / 'bioinstruct' / 'kernels' / 'native.py'} True\n", (
+        done.stderr
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_wheel_carries_the_licences(wheel: Path) -> None:

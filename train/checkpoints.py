@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bioinstruct.kernels.attention import choose_backend
+from bioinstruct.kernels.native import operations
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.lora.pissa import Factors
 from bioinstruct.synth.console import note
@@ -64,6 +65,7 @@ class Checkpoints:
     def _restore(self, state: State) -> Standing:
         self.optimizer.restore(state)
         self._keep_attention(state)
+        self._compare_operations(state)
         standing = Standing.of(state.facts["standing"])
         asked = self.prepared.planner.max_tokens
         if standing.asked_tokens != asked:
@@ -84,6 +86,16 @@ class Checkpoints:
             model.attention_backend = choose_backend(before, model.device, model.dtype)
         except ValueError as error:
             note(f"{error}; the run goes on with {model.attention_backend}, equal up to rounding")
+
+    def _operations(self) -> str:
+        model = self.prepared.llm.model
+        return operations(model.device, model.dtype)
+
+    def _compare_operations(self, state: State) -> None:
+        """Say so where a compiler came or went, as the bytes are no longer those of one run."""
+        now, before = self._operations(), state.facts.get("operations")
+        if before not in (None, now):
+            note(f"its operations ran in {before}, and now in {now}: equal up to rounding")
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what determines this run; taken once."""
@@ -122,6 +134,7 @@ class Checkpoints:
             "updates": self.optimizer.updates,
             "ranks": self.prepared.ranks.size,
             "attention": self.prepared.llm.model.attention_backend,
+            "operations": self._operations(),
             "torch": torch.__version__,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }

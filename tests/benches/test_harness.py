@@ -78,6 +78,7 @@ def test_the_machine_is_described() -> None:
     assert row["device"] == "cpu" and row["cpu"]
     assert set(row["cpu_flags"]) <= set(CPU_FLAGS)
     assert row["threads"] == torch.get_num_threads()
+    assert row["operations"].startswith(("C (", "torch ("))
     assert row["versions"]["torch"] == torch.__version__
     assert row["versions"]["no-such-package"] is None
 

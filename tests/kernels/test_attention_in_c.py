@@ -10,7 +10,7 @@ from bioinstruct.benches.budget import check, normal
 from bioinstruct.kernels import Documents, attention_in_c, dispatch, native
 from bioinstruct.kernels.attention import attention, attention_reference
 from bioinstruct.kernels.attention_blocked import Blocked
-from bioinstruct.kernels.attention_in_c import InC, function_for, library_for
+from bioinstruct.kernels.attention_in_c import InC, library_for
 
 CPU = torch.device("cpu")
 LENGTHS = [(1,), (5,), (63,), (64,), (65,), (100,), (257,), (3, 1, 64, 100, 2), (30, 600)]
@@ -34,7 +34,7 @@ def passes(tensors: list[Tensor], bounds: tuple[int, ...]) -> list[Tensor]:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     found: torch.dtype = request.param
-    if library_for(found, 16) is None:
+    if library_for(*torch.empty(3, 1, 1, 16, dtype=found)) is None:  # type: ignore[call-arg]
         pytest.skip(f"no attention in C for {found} here: {native.loaded(found).told}")
     return found
 
@@ -85,14 +85,14 @@ def test_groups_of_heads_that_divide_no_block(H: int, G: int, dtype: torch.dtype
 @pytest.mark.parametrize("E", [16, 80])
 @pytest.mark.parametrize("lengths", [(1,), (65, 3), (257,)])
 def test_narrow_vectors(lengths: tuple[int, ...], E: int, narrow_vectors: None) -> None:
-    if library_for(torch.float32, E) is None:
+    if library_for(*torch.empty(3, 1, 1, E)) is None:  # type: ignore[call-arg]
         pytest.skip("no attention in C without AVX2")
     check_against_formula(lengths, 6, 2, E, torch.float32)
 
 
 def test_a_processor_without_products_takes_the_librarys(narrow_vectors: None) -> None:
     q, k, v, _ = heads(70, 6, 2, 16, torch.bfloat16)
-    assert library_for(torch.bfloat16, 16) is None
+    assert library_for(q, k, v) is None
     documents = Documents.of_lengths((70,))
     found = attention(q, k, v, documents, "blocked")
     assert torch.equal(found, Blocked.apply(q, k, v, documents.bounds))
@@ -102,11 +102,14 @@ def test_what_runs_in_c(dtype: torch.dtype) -> None:
     q, k, v, _ = heads(7, 6, 2, 16, dtype)
     found = attention(q, k, v, Documents.of_lengths((7,)), "blocked")
     assert torch.equal(found, InC.apply(q, k, v, (0, 7)))
-    assert function_for(dtype, 16) is InC
-    assert all(function_for(dtype, E) is Blocked for E in (0, 8, 24, 272))
-    assert function_for(torch.float64, 16) is Blocked
+    assert library_for(q, k, v) is not None
+    for E in (0, 8, 24, 272):
+        assert library_for(*torch.empty(3, 1, 1, E, dtype=dtype)) is None  # type: ignore[call-arg]
+    assert library_for(q, k.double(), v) is None
+    assert library_for(*(x.double() for x in (q, k, v))) is None
+    assert library_for(*(x.to("meta") for x in (q, k, v))) is None
     with dispatch.forced("reference"):
-        assert function_for(dtype, 16) is Blocked
+        assert library_for(q, k, v) is None
 
 
 def test_an_empty_pack(dtype: torch.dtype) -> None:

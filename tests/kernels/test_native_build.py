@@ -18,7 +18,7 @@ from bioinstruct.kernels import dispatch, linear_cross_entropy, native, rmsnorm,
 
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
-FLOAT = torch.float32
+CPU, FLOAT = torch.device("cpu"), torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,10 @@ def results() -> list[torch.Tensor]:
 def assert_in_c() -> None:
     with dispatch.forced("reference"):
         wanted = results()
-    assert native.loaded(FLOAT).library is not None
+    library, told = native.loaded(FLOAT)
+    assert library is not None
+    assert native.operations(CPU, FLOAT) == native.used() == f"C ({told})"
+    assert native.why_slower(CPU, FLOAT) is None
     for mine, theirs in zip(results(), wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -83,6 +86,8 @@ def assert_in_torch(capfd: pytest.CaptureFixture[str], reason: str) -> None:
     assert capfd.readouterr() == ("", "")
     library, told = native.loaded(FLOAT)
     assert library is None and told == reason
+    assert native.operations(CPU, FLOAT) == native.used() == f"torch ({reason})"
+    assert native.why_slower(CPU, FLOAT) == reason
 
 
 # ---- compilers ----------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ def test_no_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert_in_torch(capfd, "there is no C compiler: no cc, gcc or clang, and no $CC")
+    assert_in_torch(capfd, "there is no cc, gcc or clang, and $CC names no other")
 
 
 @pytest.mark.parametrize("name", ["icc-of-long-ago", "/no/such/cc", "'half a quotation"])
@@ -375,5 +380,7 @@ def test_other_dtypes_and_choices_have_no_library() -> None:
     assert native.load(torch.float64) == (None, "there are none in float64")
     x = torch.zeros(2)
     with dispatch.forced("reference"):
-        assert native.native(x) is None
+        assert native.native(x) is None and native.operations(CPU, FLOAT) == "torch"
+        assert native.why_slower(CPU, FLOAT) is None
+    assert native.why_slower(CPU, torch.float64) is None and native.used() == ""
     assert native.native(x.double()) is None and native.native(x.to("meta")) is None

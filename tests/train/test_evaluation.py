@@ -147,6 +147,7 @@ def test_tasks_are_scored_while_training_and_say_what_is_best(
     best, last = (load_file(out / f / name) for f in ("adapter-best", "adapter"))
     assert all(torch.equal(best[key], last[key]) for key in last)
     results = json.loads((out / "eval-after" / "results.json").read_text())
+    assert results["versions"]["operations"].startswith(("C (", "torch ("))
     assert results["rows"][0]["system"] == "after tuning"
     assert results["rows"][0]["adapter"] == str(out / "adapter-best")
     assert "what was scored: `adapter-best/`" in (out / "report.md").read_text()

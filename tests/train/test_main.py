@@ -17,6 +17,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from bioinstruct.kernels import native
 from bioinstruct.synth.console import Stopped
 from bioinstruct.train.main import command
 
@@ -50,7 +51,9 @@ def rows(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_writes_what_is_promised(settings: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_writes_what_is_promised(
+    settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     call(settings, "--set", "train.eval_every=2")
     out = tmp_path / "out"
     metrics = rows(out / "metrics.jsonl")
@@ -69,6 +72,28 @@ def test_a_run_writes_what_is_promised(settings: dict[str, str], tmp_path: Path)
     made = tomllib.loads((out / "run.toml").read_text())["made"]
     assert made["steps"] == 4
     assert made["torch"] == torch.__version__
+    in_c = made["operations"].startswith("C (")
+    assert in_c or made["operations"].startswith("torch (")
+    assert ("a step takes about a fifth longer" in capsys.readouterr().err) != in_c
+
+
+def test_a_run_without_a_compiler_says_what_that_costs(
+    settings: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    call(settings, "--dry-run")
+    assert not native._loaded and "a fifth longer" not in capsys.readouterr().err
+    call(settings)
+    why = "there is no cc, gcc or clang, and $CC names no other"
+    told = f"a step takes about a fifth longer: {why}; install a C compiler"
+    assert capsys.readouterr().err.count(told) == 1
+    made = tomllib.loads((tmp_path / "out" / "run.toml").read_text())["made"]
+    assert made["operations"] == f"torch ({why})"
 
 
 def test_run_toml_repeats_the_run_bitwise(settings: dict[str, str], tmp_path: Path) -> None:

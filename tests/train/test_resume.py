@@ -170,9 +170,14 @@ def test_an_attention_that_cannot_run_here_is_told(
     (path,) = (tmp_path / "out" / "state").glob(f"step-*/{RECORD}")
     record = json.loads(path.read_text())
     record["facts"]["attention"] = "flash3"
+    record["facts"]["operations"] = "C (tcc 1.0)"
     path.write_text(json.dumps(record))
     call(settings | more, tmp_path / "out", "--resume")
-    assert "'flash3' cannot run here" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "'flash3' cannot run here" in told
+    assert re.search(
+        r"operations ran in C \(tcc 1.0\), and now in (C|torch) \(.*: equal up to", told
+    )
 
 
 def test_pissa_resumes_too(

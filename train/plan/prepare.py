@@ -18,6 +18,7 @@ import torch
 from bioinstruct.eval.runner import Job
 from bioinstruct.kernels.attention import self_test
 from bioinstruct.kernels.heap import keep_freed_memory
+from bioinstruct.kernels.native import operations, why_slower
 from bioinstruct.model.adapters import Adapters
 from bioinstruct.model.config import LlamaConfig
 from bioinstruct.model.llm import Llm
@@ -113,6 +114,11 @@ def prepare(run: Run, ranks: Ranks = ALONE) -> Prepared:
         f"{llm.config.parameter_count():,} parameters, {_plain(model.dtype)} on {model.device}, "
         f"attention {model.attention_backend} (self-test error {error:.0e}), template {name}"
     )
+    if (reason := why_slower(model.device, model.dtype)) is not None:
+        note(
+            "its operations run in torch, not in C, and a step takes about a fifth longer: "
+            f"{reason}; install a C compiler (gcc, say), or have $CC name one that works"
+        )
     template = get_template(name, llm.tokenizer)
     # the first rank encodes, the others find the cache
     data = ranks.first_then_all(lambda: plan_data(run, llm.config, llm.tokenizer, template))
@@ -225,6 +231,7 @@ def made(prepared: Prepared, command: str) -> dict[str, Any]:
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "attention": model.attention_backend,
+        "operations": operations(model.device, model.dtype),
         "template": prepared.template.name,
         "tokenizer": prepared.llm.tokenizer.fingerprint,
         "steps": prepared.num_steps,
