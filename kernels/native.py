@@ -63,11 +63,9 @@ ARGUMENTS = {
     "causal_softmax": (_P, _L, _L, _L, _L, _I),
     "causal_softmax_back": (_P, _P, _L, _L, _L, _L, _I),
     "cross_entropy": (_P, _P, _P, _L, _L, _I, _I),
-    "expand": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
-    "shrink": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "expand": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _L, _I),
+    "shrink": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _L, _I),
     "add_outer": (_P, _L, _L, _P, _L, _P, _L, _F, _L, _L, _L, _I),
-    "pair_rows": (_P, _L, _P, _L, _L, _L),
-    "pair_columns": (_P, _L, _P, _L, _L, _L),
     "dropout_mask": (_P, _P, _P, _L, _L, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _F, _I),
     "attention_room": (_L, _L, _L, _L, _L, _I),
     "attention": (_P, _L) * 3 + (_P,) * 5 + (_L, _P) + (_L,) * 7 + (_I,),
@@ -75,7 +73,12 @@ ARGUMENTS = {
         (_P, _L) * 3 + (_P, _P, _L) + (_P,) * 5 + (_L, _P, _P) + (_L,) * 7 + (_I,)
     ),
 }  # fmt: skip
-RESULTS: dict[str, type[Any]] = {"attention_room": _L}
+RESULTS: dict[str, type[Any]] = {
+    "attention_room": _L,
+    "expand": _I,
+    "shrink": _I,
+    "add_outer": _I,
+}
 """Of the functions that return something."""
 
 
@@ -134,7 +137,7 @@ class _Silent(ctypes.CDLL):
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._library, name)
-        return function if name in RESULTS else lambda *_: None
+        return function if name == "attention_room" else lambda *_: 0
 
 
 @contextmanager
