@@ -47,7 +47,7 @@ enum {
     DEEP = 6,         /* rows of a tile, which has WIDE vectors of columns: as many sums as fit */
     PANEL = WIDE * W, /* keys, of which a panel holds all words of E beside each other */
     KEYS = 512,       /* whose scores a block holds in the forward pass */
-    VALUES = 128,     /* whose words stay in the first cache */
+    VALUES = 64 * PAIR, /* whose words stay in the first cache */
     STEP = 64 * PAIR, /* keys of a step of the backward pass; a multiple of PANEL */
 };
 
@@ -128,18 +128,57 @@ INLINE void strip(long m, long n, const word *a, long a_m, long a_k, const word 
 
 /* ---- operands --------------------------------------------------------------------------------- */
 
+#ifdef __AVX512F__
+/* W vectors become their columns, by exchanging blocks of 8, 4, 2 and 1 numbers */
+INLINE void transpose(__m512i x[W]) {
+#pragma GCC unroll 4
+    for (int size = W / 2; size; size /= 2) {
+        words low, high;
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) {
+            low[i] = i & size ? W + i - size : i;
+            high[i] = i & size ? W + i : i + size;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) {
+            if (i & size) continue;
+            __m512i a = x[i], b = x[i + size];
+            x[i] = _mm512_permutex2var_epi32(a, (__m512i)low, b);
+            x[i + size] = _mm512_permutex2var_epi32(a, (__m512i)high, b);
+        }
+    }
+}
+
+/* words of n rows from x on as W columns at `to`, zeros behind the last; m words of each */
+INLINE void pack_square(word *to, const element *x, long stride, long n, long m) {
+    __m512i rows[W];
+    __mmask16 there = (__mmask16)((1u << m) - 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        rows[i] = i < n ? _mm512_maskz_loadu_epi32(there, x + i * stride) : _mm512_setzero_si512();
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++)
+        if (i < m) _mm512_storeu_si512(to + i * PANEL, rows[i]);
+}
+#else
+INLINE void pack_square(word *to, const element *x, long stride, long n, long m) {
+    for (long e = 0; e < m; e++)
+        for (long u = 0; u < W; u++)
+            if (u < n)
+                memcpy(to + e * PANEL + u, x + u * stride + e * PAIR, sizeof *to);
+            else
+                to[e * PANEL + u] = 0;
+}
+#endif
+
 /* L rows of E elements as panels: words of E as rows, rows as columns, zeros behind the last */
 static void pack_across(word *to, const element *x, long stride, long L, long E) {
-    long words = E / PAIR;
-    for (long first = 0; first < L; first += PANEL, to += words * PANEL) {
-        long n = least(PANEL, L - first);
-        for (long u = 0; u < n; u++)
-            for (long e = 0; e < words; e++)
-                memcpy(to + e * PANEL + u, x + (first + u) * stride + e * PAIR, sizeof *to);
-        if (n < PANEL)
-            for (long e = 0; e < words; e++)
-                memset(to + e * PANEL + n, 0, (PANEL - n) * sizeof *to);
-    }
+    long inner = E / PAIR;
+    for (long u = 0; u < L; u += W)
+        for (long e = 0; e < inner; e += W)
+            pack_square(to + u / PANEL * PANEL * inner + e * PANEL + u % PANEL,
+                        x + u * stride + e * PAIR, stride, L - u, least(W, inner - e));
 }
 
 /* L rows of E elements as words of PAIR rows each, zeros behind the last */
@@ -180,11 +219,31 @@ INLINE void put_rows(word *to, long stride, lanes low, lanes high) {
 
 /* ---- softmax ---------------------------------------------------------------------------------- */
 
-/* 2^x for x up to 0 or a little more */
+#ifdef BFLOAT16
+/* 2^f for |f| <= 1/2: fitted for the least relative error, 2.8e-06 */
+INLINE lanes power_near_zero(lanes f) {
+    lanes p = f * 0.00958285294f + 0.0559064262f;
+    p = p * f + 0.240240991f;
+    p = p * f + 0.693124175f;
+    return p * f + 1.0f;
+}
+#else
+/* 2^f for |f| <= 1/2: to 1e-7, by the coefficients of Moshier's Cephes */
+INLINE lanes power_near_zero(lanes f) {
+    lanes p = f * 1.535336188e-4f + 1.339887440e-3f;
+    p = p * f + 9.618437357e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472029e-1f;
+    return p * f + 1.0f;
+}
+#endif
+
+/* 2^x for x up to 0 or a little more; NaN for NaN */
 INLINE lanes power_of_two(lanes x) {
     x = larger(all(-150.0f), x);
     lanes n = nearest(x);
-    return times_power(exponential_near_zero((x - n) * 0.693147181f), n);
+    return times_power(power_near_zero(x - n), n);
 }
 
 /* x where a lane counts below n, else 0 */
@@ -237,21 +296,21 @@ INLINE float most_float(const float *x, long n) {
    so far, zeros up to `wide`; its earlier sums shrink to match. */
 static void take_scores(element *p, const float *s, long n, long wide, float c, float *top,
                         float *sum, float *o, long E) {
-    float before = *top, now = most_float(s, n);
+    float before = *top, now = most_float(s, n) * c;
     if (now < before) now = before;
     lanes sums = {0};
     long whole = n / W * W;
     for (long u = 0; u < whole; u += W) {
-        lanes own = power_of_two((get_floats(s + u, W) - now) * c);
+        lanes own = power_of_two(get_floats(s + u, W) * c - now);
         sums += own;
         put(p + u, W, own);
     }
     for (long u = whole; u < wide; u += W) {
-        lanes own = first(power_of_two((get_floats(s + u, W) - now) * c), n - u);
+        lanes own = first(power_of_two(get_floats(s + u, W) * c - now), n - u);
         sums += own;
         put(p + u, W, own);
     }
-    float less = before == now ? 1.0f : power_of_two(all((before - now) * c))[0];
+    float less = before == now ? 1.0f : power_of_two(all(before - now))[0];
     *top = now;
     *sum = *sum * less + sum_of(sums);
     if (less != 1.0f)
@@ -346,7 +405,7 @@ INLINE void pair_of_rows(int masked, word *p, word *ds, element *ds_rows, const 
         lanes ps[2], dss[2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            lanes x = (get_floats(s + i * PANEL + u, W) - tops[i]) * c - logs[i];
+            lanes x = get_floats(s + i * PANEL + u, W) * c - tops[i] - logs[i];
             ps[i] = power_of_two(x);
             dss[i] = ps[i] * (get_floats(dp + i * PANEL + u, W) - inner[i]);
             if (masked) ps[i] = first(ps[i], seen[i] - u), dss[i] = first(dss[i], seen[i] - u);

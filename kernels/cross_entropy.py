@@ -111,7 +111,8 @@ def _gradient_on_cpu(z_SV: Tensor, labels_S: Tensor, wants_grad: bool) -> Tensor
     S, V = z_SV.shape
     if (library := native(z_SV)) is not None:
         labels_S = labels_S.contiguous()
-        _check_labels(labels_S, V)
+        if not labels_S.is_meta:
+            _check_labels(labels_S, V)
         losses_S = z_SV.new_empty(S, dtype=torch.float32)
         tensors = addresses(z_SV, labels_S, losses_S)
         library.cross_entropy(*tensors, S, V, wants_grad, threads_for(S * V))

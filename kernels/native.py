@@ -25,7 +25,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,9 +106,12 @@ _loading = threading.Lock()  # packs side by side may ask at once
 def native(x: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     """The library for tensors like x, or of another dtype where x is; None for torch's own."""
     dtype = x.dtype if dtype is None else dtype
-    if x.device.type != "cpu" or dtype not in OPTIONS or dispatch.choice() != "auto":
+    if dtype not in OPTIONS or dispatch.choice() != "auto":
         return None
-    return (_loaded.get(dtype) or loaded(dtype)).library
+    if x.device.type != "cpu" and not (x.is_meta and _Counting.on):
+        return None
+    library = (_loaded.get(dtype) or loaded(dtype)).library
+    return library if library is None or not x.is_meta else _Silent(library)
 
 
 def loaded(dtype: torch.dtype) -> Loaded:
@@ -136,6 +140,31 @@ def why_slower(device: torch.device, dtype: torch.dtype) -> str | None:
 def used() -> str:
     """What the operations on this process's CPU have run in so far; empty where none have."""
     return ", ".join(sorted({str(found) for found in _loaded.values()}))
+
+
+class _Counting:
+    on = False
+
+
+class _Silent(ctypes.CDLL):
+    """A library whose functions do nothing, for tensors without memory; what counts is counted."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+        return function if name in RESULTS else lambda *_: None
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Let tensors on the meta device allocate what they would on a CPU."""
+    _Counting.on = True
+    try:
+        yield
+    finally:
+        _Counting.on = False
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int | None, ...]:

@@ -130,9 +130,9 @@ def test_saved_bytes_of_a_layer_by_hand() -> None:
     pack = Pack(T, 64, 128)
     layer = pass_bytes(deeper, pack).saved - pass_bytes(setup, pack).saved
     N = (H + 2 * G) * E
-    # inputs of both norms and of the four products, q k v, gate and up; t of every product,
-    # 1 / root mean square of both norms, log-sum-exp of attention
-    hand = T * (b * (4 * D + H * E + N + 3 * F + 7 * r) + 2 * 4 + 4 * H)
+    # inputs of both norms, q k v, attention's output, gate and up; t of every product, 1 / root
+    # mean square of both norms, log-sum-exp of attention
+    hand = T * (b * (2 * D + H * E + N + 2 * F + 7 * r) + 2 * 4 + 4 * H)
     # the masters are narrowed once a step, for all packs and whatever is computed again
     copies = b * (adapter_count(deeper.config, ALL) - adapter_count(SMALL, ALL))
     assert layer == hand + copies

@@ -14,6 +14,7 @@ are attention, whose backends choose their own workspace, and what FSDP2 gathers
 Shapes   T tokens of a pack, S its supervised rows, H and G query and key heads, E their width.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -23,7 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels import Dropout, Heads, attention_blocked, linear_cross_entropy
+from bioinstruct.kernels import (
+    Dropout,
+    Heads,
+    attention_blocked,
+    linear_cross_entropy,
+    native,
+)
 from bioinstruct.kernels.adamw import NORM_PIECE
 from bioinstruct.kernels.attention_in_c import function_for
 from bioinstruct.model.adapters import Adapters, projection_shapes
@@ -135,8 +142,9 @@ def counted_pass(setup: Setup, pack: Pack, recomputed: int = 0) -> Pass:
         masters = WholeWeights(model)
         known = [masters.flat_P, masters.grad_P]
     tally = Tally(*known, *model.parameters(), model.inverse_frequency_E)
+    as_on_a_cpu = native.counted() if setup.device == "cpu" else contextlib.nullcontext()
     try:
-        with torch.device("meta"), tally:
+        with torch.device("meta"), tally, as_on_a_cpu:
             saved = _pass(model, adapters, setup, pack, tally)
     finally:
         attention_blocked.forget_masks()
