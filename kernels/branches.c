@@ -9,6 +9,7 @@
    T tokens, R ranks (even), N columns of the wide matrix; all strides are in elements. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #ifdef __AVX512BF16__
@@ -44,11 +45,60 @@ INLINE void put(bf16 *p, __mmask16 some, __m512 x) {
     _mm256_mask_storeu_epi16(p, some, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+/* ---- pairs ------------------------------------------------------------------------------------- */
+
+/* Rows t and t + 1 of y as pairs; a row beyond the last one counts as zeros. */
+INLINE __m512bh down(const bf16 *y, long y_stride, long left, __mmask16 some) {
+    const __m256i none = _mm256_setzero_si256();
+    const __m256i low = _mm256_maskz_loadu_epi16(some, y);
+    const __m256i high = left > 1 ? _mm256_maskz_loadu_epi16(some, y + y_stride) : none;
+    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+    return (__m512bh)_mm512_or_si512(_mm512_cvtepu16_epi32(low), shifted);
+}
+
+/* out[i / 2][j][i % 2] = x[i, j] for i < I and j < J, 0 beyond, to I rounded up and `width` */
+static void pair_rows(bf16 *out, long width, const bf16 *x, long x_stride, long I, long J) {
+    for (long i = 0; i < I; i += 2) {
+        const bf16 *low = x + i * x_stride;
+        for (long j = 0; j < width; j += LANES) {
+            const __mmask16 some = J > j ? first(J - j) : 0;
+            _mm512_storeu_si512(out + i * width + 2 * j,
+                                (__m512i)down(low + j, x_stride, I - i, some));
+        }
+    }
+}
+
+/* out[j / 2][i][j % 2] = x[i, j] for i < I and j < J (even), 0 beyond, to `width` */
+static void pair_columns(bf16 *out, long width, const bf16 *x, long x_stride, long I, long J) {
+    for (long j = 0; j < J; j += 2)
+        for (long i = 0; i < width; i++) {
+            uint32_t both = 0;
+            if (i < I) memcpy(&both, x + i * x_stride + j, sizeof both);
+            memcpy(out + j * width + 2 * i, &both, sizeof both);
+        }
+}
+
+/* Neighbouring rows of m as pairs, [i / 2][j][i % 2], of `width` columns; one of its strides is 1.
+   Null where there is no memory. */
+static bf16 *paired(const bf16 *m, long row, long column, long I, long J, long width) {
+    bf16 *out = malloc((I + I % 2 + 1) * width * sizeof *out);
+    if (out && column == 1)
+        pair_rows(out, width, m, row, I, J);
+    else if (out)
+        pair_columns(out, width, m, column, J, I);
+    return out;
+}
+
+INLINE long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
+
 /* ---- y += s M -------------------------------------------------------------------------------- */
 
-/* y[t, n] += sum_r s[t, r] m[r / 2][n][r % 2]; rows of m have `width` columns, a multiple of 16 */
-API void expand(bf16 *y, long y_stride, const bf16 *s, long s_stride, const bf16 *m, long width,
-                long T, long R, long N, int threads) {
+/* y[t, n] += sum_r s[t, r] m[r, n]; 1 where there is no memory, as for all of these */
+API int expand(bf16 *y, long y_stride, const bf16 *s, long s_stride, const bf16 *right, long row,
+               long across, long T, long R, long N, int threads) {
+    const long width = padded(N);
+    bf16 *m = paired(right, row, across, R, N, width);
+    if (!m) return 1;
     SHARED
     for (long block = 0; block < T; block += ROWS) {
         const long rows = T - block < ROWS ? T - block : ROWS;
@@ -80,13 +130,18 @@ API void expand(bf16 *y, long y_stride, const bf16 *s, long s_stride, const bf16
             }
         }
     }
+    free(m);
+    return 0;
 }
 
 /* ---- s = y M --------------------------------------------------------------------------------- */
 
-/* s[t, r] = sum_n y[t, n] m[n / 2][r][n % 2]; rows of m have `width` ranks, a multiple of 16 */
-API void shrink(bf16 *s, long s_stride, const bf16 *y, long y_stride, const bf16 *m, long width,
-                long T, long R, long N, int threads) {
+/* s[t, r] = sum_n y[t, n] m[n, r] */
+API int shrink(bf16 *s, long s_stride, const bf16 *y, long y_stride, const bf16 *right, long row,
+               long across, long T, long R, long N, int threads) {
+    const long width = padded(R);
+    bf16 *m = paired(right, row, across, N, R, width);
+    if (!m) return 1;
     SHARED
     for (long block = 0; block < T; block += MANY) {
         const long rows = T - block < MANY ? T - block : MANY;
@@ -113,18 +168,11 @@ API void shrink(bf16 *s, long s_stride, const bf16 *y, long y_stride, const bf16
             }
         }
     }
+    free(m);
+    return 0;
 }
 
 /* ---- G += s^T y -------------------------------------------------------------------------------- */
-
-/* Rows t and t + 1 of y as pairs; a row beyond the last one counts as zeros. */
-INLINE __m512bh down(const bf16 *y, long y_stride, long left, __mmask16 some) {
-    const __m256i none = _mm256_setzero_si256();
-    const __m256i low = _mm256_maskz_loadu_epi16(some, y);
-    const __m256i high = left > 1 ? _mm256_maskz_loadu_epi16(some, y + y_stride) : none;
-    const __m512i shifted = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-    return (__m512bh)_mm512_or_si512(_mm512_cvtepu16_epi32(low), shifted);
-}
 
 INLINE void add_scaled(float *g, __mmask16 some, __m512 x, float scale) {
     const __m512 sum = _mm512_fmadd_ps(x, _mm512_set1_ps(scale), _mm512_maskz_loadu_ps(some, g));
@@ -156,10 +204,12 @@ INLINE void block_of_sums(float *g, long g_rank, long g_column, const bf16 *s, l
                        _mm512_i32gather_ps(down_a_column, found[0] + n, sizeof(float)), scale);
 }
 
-/* One of the strides of g is 1: g[r * g_rank + n * g_column] += scale * sum_t s[t / 2][r][t % 2] y[t, n]; s padded with zeros to
-   an even number of tokens and `width` ranks, a multiple of 16 */
-API void add_outer(float *g, long g_rank, long g_column, const bf16 *s, long width, const bf16 *y,
-                   long y_stride, float scale, long T, long R, long N, int threads) {
+/* g[r * g_rank + n * g_column] += scale * sum_t s[t, r] y[t, n]; one of the strides of g is 1 */
+API int add_outer(float *g, long g_rank, long g_column, const bf16 *left, long left_stride,
+                  const bf16 *y, long y_stride, float scale, long T, long R, long N, int threads) {
+    const long width = padded(R);
+    bf16 *s = paired(left, left_stride, 1, T, R, width);
+    if (!s) return 1;
     SHARED
     for (long n = 0; n < N; n += LANES)
         for (long r = 0; r < R; r += LANES) {
@@ -168,29 +218,8 @@ API void add_outer(float *g, long g_rank, long g_column, const bf16 *s, long wid
             block_of_sums(g + r * g_rank + n * g_column, g_rank, g_column, s + 2 * r, width, y + n,
                           y_stride, scale, T, ranks, columns);
         }
+    free(s);
+    return 0;
 }
 
-/* ---- pairs ------------------------------------------------------------------------------------- */
-
-/* out[i / 2][j][i % 2] = x[i, j] for i < I and j < J, 0 beyond, to I rounded up and `width` */
-API void pair_rows(bf16 *out, long width, const bf16 *x, long x_stride, long I, long J) {
-    for (long i = 0; i < I; i += 2) {
-        const bf16 *low = x + i * x_stride;
-        for (long j = 0; j < width; j += LANES) {
-            const __mmask16 some = J > j ? first(J - j) : 0;
-            _mm512_storeu_si512(out + i * width + 2 * j,
-                                (__m512i)down(low + j, x_stride, I - i, some));
-        }
-    }
-}
-
-/* out[j / 2][i][j % 2] = x[i, j] for i < I and j < J (even), 0 beyond, to `width` */
-API void pair_columns(bf16 *out, long width, const bf16 *x, long x_stride, long I, long J) {
-    for (long j = 0; j < J; j += 2)
-        for (long i = 0; i < width; i++) {
-            uint32_t both = 0;
-            if (i < I) memcpy(&both, x + i * x_stride + j, sizeof both);
-            memcpy(out + j * width + 2 * i, &both, sizeof both);
-        }
-}
 #endif

@@ -16,12 +16,13 @@ Bound    As lora.py.
 """
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bioinstruct.kernels.branches import add_outer, add_product, product_into
+from bioinstruct.kernels.branches import add_outer, add_product, branch_library, product_into
 from bioinstruct.kernels.dropout import Dropout
 from bioinstruct.kernels.rows import with_dense_rows
 
@@ -78,6 +79,12 @@ class Frozen(NamedTuple):
             return None
         return self.dropout.mask(self.site, self.w_NK.shape[1], dtype)
 
+    def _library(self, x: Tensor) -> CDLL | None:
+        """Of the branches' products, where it has them."""
+        assert self.copies is not None
+        sizes = (n for branch in self.copies.branches for n in branch.b_NR.shape)
+        return branch_library(x, self.w_NK.shape[1], *sizes)
+
     def forward(self, x_TK: Tensor) -> tuple[Tensor, Tensor | None]:
         """y and t."""
         if self.copies is None:
@@ -85,23 +92,24 @@ class Frozen(NamedTuple):
         mask_TK = self._mask(x_TK.dtype)
         inner_TK = x_TK if mask_TK is None else mask_TK.mul_(x_TK)
         t_TR = x_TK.new_empty(len(x_TK), len(self.copies.a_RK))
-        product_into(t_TR, inner_TK, self.copies.a_RK.T)
+        library = self._library(x_TK)
+        product_into(library, t_TR, inner_TK, self.copies.a_RK.T)
         y_TN = torch.mm(x_TK, self.w_NK.T)
         for b_NR, _, _, start, rank in self.copies.branches:
             N, R = b_NR.shape
-            add_product(_columns(y_TN, start, N), _columns(t_TR, rank, R), b_NR.T)
+            add_product(library, _columns(y_TN, start, N), _columns(t_TR, rank, R), b_NR.T)
         return y_TN, t_TR
 
     def into_b(self, dy_TN: Tensor, t_TR: Tensor | None) -> Tensor | None:
         """Add dB where it belongs; return ds."""
         if self.copies is None or t_TR is None:
             return None
-        ds_TR = torch.empty_like(t_TR)
+        ds_TR, library = torch.empty_like(t_TR), self._library(dy_TN)
         for b_NR, grad_NR, scale, start, rank in self.copies.branches:
             N, R = b_NR.shape
             own_TN = _columns(dy_TN, start, N)
-            product_into(_columns(ds_TR, rank, R), own_TN, b_NR)
-            add_outer(grad_NR.T, _columns(t_TR, rank, R), own_TN, scale)
+            product_into(library, _columns(ds_TR, rank, R), own_TN, b_NR)
+            add_outer(library, grad_NR.T, _columns(t_TR, rank, R), own_TN, scale)
         return ds_TR
 
     def input_gradient(self, dy_TN: Tensor, ds_TR: Tensor | None) -> Tensor:
@@ -111,7 +119,7 @@ class Frozen(NamedTuple):
         mask_TK = self._mask(dy_TN.dtype)
         if mask_TK is None:
             dx_TK = torch.mm(dy_TN, self.w_NK)
-            add_product(dx_TK, ds_TR, self.copies.a_RK)
+            add_product(self._library(dx_TK), dx_TK, ds_TR, self.copies.a_RK)
             return dx_TK
         return torch.mm(ds_TR, self.copies.a_RK).mul_(mask_TK).addmm_(dy_TN, self.w_NK)
 
@@ -121,7 +129,7 @@ class Frozen(NamedTuple):
             return
         mask_TK = self._mask(x_TK.dtype)
         inner_TK = x_TK if mask_TK is None else mask_TK.mul_(x_TK)
-        add_outer(self.copies.a_grad_RK, ds_TR, inner_TK)
+        add_outer(self._library(x_TK), self.copies.a_grad_RK, ds_TR, inner_TK)
 
 
 def _columns(x: Tensor, first: int, number: int) -> Tensor:

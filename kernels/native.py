@@ -63,11 +63,9 @@ ARGUMENTS = {
     "causal_softmax": (_P, _L, _L, _L, _L, _I),
     "causal_softmax_back": (_P, _P, _L, _L, _L, _L, _I),
     "cross_entropy": (_P, _P, _P, _L, _L, _I, _I),
-    "expand": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
-    "shrink": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _I),
+    "expand": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _L, _I),
+    "shrink": (_P, _L, _P, _L, _P, _L, _L, _L, _L, _L, _I),
     "add_outer": (_P, _L, _L, _P, _L, _P, _L, _F, _L, _L, _L, _I),
-    "pair_rows": (_P, _L, _P, _L, _L, _L),
-    "pair_columns": (_P, _L, _P, _L, _L, _L),
     "dropout_mask": (_P, _P, _P, _L, _L, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, _F, _I),
     "attention_room": (_L, _L, _L, _L, _L, _I),
     "attention": (_P, _L) * 3 + (_P,) * 5 + (_L, _P) + (_L,) * 7 + (_I,),
@@ -75,7 +73,12 @@ ARGUMENTS = {
         (_P, _L) * 3 + (_P, _P, _L) + (_P,) * 5 + (_L, _P, _P) + (_L,) * 7 + (_I,)
     ),
 }  # fmt: skip
-RESULTS: dict[str, type[Any]] = {"attention_room": _L}
+RESULTS: dict[str, type[Any]] = {
+    "attention_room": _L,
+    "expand": _I,
+    "shrink": _I,
+    "add_outer": _I,
+}
 """Of the functions that return something."""
 
 
@@ -122,6 +125,31 @@ def loaded(dtype: torch.dtype) -> Loaded:
         return _loaded[dtype]
 
 
+class _Counting:
+    on = False
+
+
+class _Silent(ctypes.CDLL):
+    """A library whose functions do nothing, for tensors without memory; what counts is counted."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+        return function if name == "attention_room" else lambda *_: 0
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Let tensors on the meta device allocate what they would on a CPU."""
+    _Counting.on = True
+    try:
+        yield
+    finally:
+        _Counting.on = False
+
+
 def operations(device: torch.device, dtype: torch.dtype) -> str:
     """What the operations on a device run in, for people: C, Triton's kernels or torch's own."""
     if device.type == "cpu" and dispatch.choice() == "auto":
@@ -140,31 +168,6 @@ def why_slower(device: torch.device, dtype: torch.dtype) -> str | None:
 def used() -> str:
     """What the operations on this process's CPU have run in so far; empty where none have."""
     return ", ".join(sorted({str(found) for found in _loaded.values()}))
-
-
-class _Counting:
-    on = False
-
-
-class _Silent(ctypes.CDLL):
-    """A library whose functions do nothing, for tensors without memory; what counts is counted."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._library, name)
-        return function if name in RESULTS else lambda *_: None
-
-
-@contextmanager
-def counted() -> Iterator[None]:
-    """Let tensors on the meta device allocate what they would on a CPU."""
-    _Counting.on = True
-    try:
-        yield
-    finally:
-        _Counting.on = False
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int | None, ...]:

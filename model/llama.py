@@ -323,7 +323,9 @@ class Llama(nn.Module):
             if buffers is not None:
                 residual = _run(buffers, residual, rotation, attend, dropout, again=again)
                 continue
-            residual = _run(block, residual, rotation, attend, adapters, dropout, again=again)
+            # one tensor is all that a layer keeps which is computed again
+            given = Residual(residual.added()) if again else residual
+            residual = _run(block, given, rotation, attend, adapters, dropout, again=again)
         x_TD, delta_TD, room = residual
         if delta_TD is None:
             return rmsnorm(x_TD, self.norm_D, self.config.norm_eps)

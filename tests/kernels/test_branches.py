@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bioinstruct.kernels import dispatch
+from bioinstruct.kernels import Copies, Frozen, dispatch
 from bioinstruct.kernels.branches import add_outer, add_product, product_into
-from bioinstruct.kernels.native import native
+from bioinstruct.kernels.branches import branch_library as library_for
+from bioinstruct.kernels.lora_copied import CopiedB
 
 GUARD = 7.0
 SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 33])
@@ -49,7 +50,7 @@ def test_expanding(dtype: torch.dtype, transposed: bool, T: int, R: int, N: int)
     )
     m = m.T.contiguous().T if transposed else m
     part, whole = inside(y)
-    add_product(part, inside(s)[0], m)
+    add_product(library_for(y, R), part, inside(s)[0], m)
     check(part, whole, y.double() + s.double() @ m.double(), torch.addmm(y, s, m))
 
 
@@ -61,7 +62,7 @@ def test_shrinking(dtype: torch.dtype, transposed: bool, T: int, R: int, N: int)
     y, m = normal(T, N, seed=1, dtype=dtype), normal(N, R, seed=2, dtype=dtype)
     m = m.T.contiguous().T if transposed else m
     part, whole = inside(torch.zeros(T, R, dtype=dtype))
-    product_into(part, inside(y)[0], m)
+    product_into(library_for(y, N), part, inside(y)[0], m)
     check(part, whole, y.double() @ m.double(), y @ m)
 
 
@@ -75,7 +76,8 @@ def test_sums_over_tokens(
     s, y = normal(T, R, seed=1, dtype=dtype), normal(T, N, seed=2, dtype=dtype)
     before = normal(R, N, seed=3, dtype=torch.float32)
     part, whole = inside(before.T if transposed else before)
-    add_outer(part.T if transposed else part, inside(s)[0], inside(y)[0], scale)
+    g = part.T if transposed else part
+    add_outer(library_for(y, R), g, inside(s)[0], inside(y)[0], scale)
     exact = before.double() + scale * (s.double().T @ y.double())
     rounded = before + scale * (s.T @ y)
     turned = (exact.T, rounded.T) if transposed else (exact, rounded)
@@ -91,9 +93,9 @@ def test_threads_change_no_bit(threads: int) -> None:
 
     def found() -> list[Tensor]:
         total, narrow, sums = y.clone(), torch.empty_like(s), torch.zeros(18, 96)
-        add_product(total, s, m)
-        product_into(narrow, y, m.T)
-        add_outer(sums, s, y)
+        add_product(library_for(y), total, s, m)
+        product_into(library_for(y), narrow, y, m.T)
+        add_outer(library_for(y), sums, s, y)
         return [total, narrow, sums]
 
     alone, before = found(), torch.get_num_threads()
@@ -108,24 +110,25 @@ def test_what_is_no_number_stays_none() -> None:
     y, s = normal(9, 32, seed=1, dtype=torch.bfloat16), normal(9, 16, seed=2, dtype=torch.bfloat16)
     y[4, 5] = torch.nan
     narrow, sums = torch.empty_like(s), torch.zeros(16, 32)
-    product_into(narrow, y, normal(32, 16, seed=3, dtype=torch.bfloat16))
-    add_outer(sums, s, y)
+    product_into(library_for(y), narrow, y, normal(32, 16, seed=3, dtype=torch.bfloat16))
+    add_outer(library_for(y), sums, s, y)
     assert narrow.isnan().any(1).tolist() == [row == 4 for row in range(9)]
     assert sums.isnan().any(0).tolist() == [column == 5 for column in range(32)]
 
 
-def test_they_run_in_c_where_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = native(torch.empty(0, dtype=torch.bfloat16))
-    if library is None or not hasattr(library, "expand"):
-        pytest.skip("needs a C compiler and a processor with AVX512-BF16")
-    y, s, m = (
+def test_a_group_runs_in_c_where_the_processor_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, a, b = (
         normal(*shape, seed=i, dtype=torch.bfloat16)
-        for i, shape in enumerate(((5, 32), (5, 16), (16, 32)))
+        for i, shape in enumerate(((5, 24), (32, 24), (16, 24), (32, 16)))
     )
+    if library_for(x) is None:
+        pytest.skip("needs a C compiler and a processor with AVX512-BF16")
+    branch = CopiedB(b, torch.zeros(32, 16), 1.0, 0, 0)
+    frozen = Frozen(w, Copies(a, torch.zeros(16, 24), [branch], a))
     calls: list[str] = []
     monkeypatch.setattr(Tensor, "addmm_", lambda *_: calls.append("library"))
-    add_product(y, s, m)
+    frozen.forward(x)
     assert not calls
     with dispatch.forced("reference"):
-        add_product(y, s, m)
+        frozen.forward(x)
     assert calls == ["library"]
