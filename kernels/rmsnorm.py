@@ -12,6 +12,7 @@ Bound    Memory: forward moves 2*T*D elements (4*T*D with the addition), backwar
          to BLOCK_D stays in registers; a wider one is read twice, the second time from cache.
 """
 
+from ctypes import CDLL
 from typing import Any, NamedTuple
 
 import torch
@@ -190,10 +191,16 @@ def norm_forward(
     return Normed(h_TD, y_TD, r_T)
 
 
+def _library(first: Tensor, *others: Tensor | None) -> CDLL | None:
+    """The operations in C, where all tensors are of one dtype."""
+    alike = all(x is None or x.dtype == first.dtype for x in others)
+    return native(first) if alike else None
+
+
 def _forward_on_cpu(x_TD: Tensor, delta_TD: Tensor | None, w_D: Tensor, eps: float) -> Normed:
     T, D = x_TD.shape
-    library = native(x_TD)
-    if library is None or w_D.dtype != x_TD.dtype:
+    library = _library(x_TD, delta_TD, w_D)
+    if library is None:
         h_TD = x_TD if delta_TD is None else x_TD + delta_TD
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         # vector_norm widens while it reads, so no squared copy of h is made
@@ -245,8 +252,8 @@ def norm_backward_on_cpu(
         The gradient, and y once more if again.
     """
     T, D = h_TD.shape
-    library = native(h_TD)
-    if library is None or w_D.dtype != h_TD.dtype:
+    library = _library(h_TD, dy_TD, dh_TD, w_D)
+    if library is None:
         r_T1, wide = r_T[:, None], r_T.dtype
         h, g = h_TD.to(wide), dy_TD * w_D.to(wide)
         c_T1 = (g * h).mean(-1, keepdim=True).mul_(r_T1.pow(3))
@@ -254,7 +261,8 @@ def norm_backward_on_cpu(
         dx_TD = (dx if dh_TD is None else dx.add_(dh_TD)).to(h_TD.dtype)
         y_TD = (h_TD * r_T1).mul_(w_D.to(wide)).to(h_TD.dtype) if again else None
         return dx_TD, y_TD
-    dy_TD, w_D, dx_TD = dy_TD.contiguous(), w_D.contiguous(), torch.empty_like(h_TD)
+    dy_TD, h_TD, w_D = dy_TD.contiguous(), h_TD.contiguous(), w_D.contiguous()
+    dx_TD = torch.empty_like(h_TD)
     dh_TD = None if dh_TD is None else dh_TD.contiguous()
     y_TD = torch.empty_like(h_TD) if again else None
     tensors = dy_TD, h_TD, w_D, r_T, dh_TD, dx_TD, y_TD

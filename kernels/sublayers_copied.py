@@ -71,7 +71,7 @@ class _NormLinear(torch.autograd.Function):
         linear: Frozen,
         bias_N: Tensor | None,
         master: Tensor | None,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         del master  # autograd's alone
         h_TD, n_TD, r_T = norm_forward(x_TD, delta_TD, *norm)
         y_TN, t_TR = linear.forward(n_TD)
@@ -79,15 +79,14 @@ class _NormLinear(torch.autograd.Function):
         ctx.norm, ctx.linear, ctx.adds = norm, linear, delta_TD is not None
         ctx.set_materialize_grads(False)
         y_TN = y_TN if bias_N is None else y_TN.add_(bias_N)
-        # an input is not given back as an output
-        return (h_TD, y_TN) if ctx.adds else y_TN
+        # with or without a delta, the gradient past the norm is added in one way, to the last bit
+        return (h_TD if ctx.adds else h_TD.view_as(h_TD)), y_TN
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dh_TD: Tensor | None, dy_TN: Tensor | None) -> tuple[Tensor | None, ...]:
         h_TD, r_T, t_TR = ctx.saved_tensors
-        dh_TD, dy_TN = gradients if ctx.adds else (None, gradients[0])
         if dy_TN is None:
-            return dh_TD, dh_TD, None, None, None, None
+            return dh_TD, dh_TD if ctx.adds else None, None, None, None, None
         dy_TN = with_dense_rows(dy_TN)
         found = dy_TN, ctx.linear.into_b(dy_TN, t_TR), dh_TD
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -115,8 +114,6 @@ def copied_norm_linear(
         The sum, and (T, N).
     """
     given = x_TD, delta_TD, norm, linear, bias_N, linear.master
-    if delta_TD is None:
-        return x_TD, _NormLinear.apply(*given)
     h_TD, y_TN = _NormLinear.apply(*given)
     return h_TD, y_TN
 

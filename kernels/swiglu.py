@@ -117,8 +117,9 @@ def _backward_on_cpu(
     dh_TF: Tensor, gate_up_T2F: Tensor, again: bool
 ) -> tuple[Tensor, Tensor | None]:
     T, F = dh_TF.shape
+    gate_up_T2F = gate_up_T2F.contiguous()
     dgate_up_T2F = torch.empty_like(gate_up_T2F)
-    library = native(gate_up_T2F)
+    library = native(gate_up_T2F) if dh_TF.dtype == gate_up_T2F.dtype else None
     if library is None:
         (gate_TF, up_TF), (dgate_TF, dup_TF) = (
             both.chunk(2, dim=-1) for both in (gate_up_T2F, dgate_up_T2F)
