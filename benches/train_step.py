@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bioinstruct.benches.eager import EagerLora, EagerStep
 from bioinstruct.benches.harness import (
@@ -164,7 +165,8 @@ def frozen_pass(step: Step, batch: Batch) -> Tensor:
     model = step.model
     attend = model.packed_attention(batch.pack.documents)
     rotation = model.rotation(batch.pack.positions_T)
-    residual = Residual(model.embedding_VD[batch.pack.ids_T].requires_grad_())
+    x_TD = functional.embedding(batch.pack.ids_T, model.embedding_VD)
+    residual = Residual(x_TD.requires_grad_())
     for block in model.blocks:
         residual = block(residual, rotation, attend)
     h_TD = rmsnorm(residual.added(), model.norm_D, model.config.norm_eps)

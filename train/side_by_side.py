@@ -60,14 +60,21 @@ class SideBySide:
         if number == 1:
             take(self.adapters, [*range(len(batches))])
             return [found[i] for i in range(len(batches))]
-        everyone = [self.adapters, *self._twins][:number]
-        with _shared_threads(number), ThreadPoolExecutor(number) as pool:
-            pairs = zip(everyone, self._dealt(batches, number), strict=True)
-            tasks = [pool.submit(take, adapters, hand) for adapters, hand in pairs]
+        own, *hands = self._dealt(batches, number)
+        twins, failed = self._twins[: number - 1], None
+        with _shared_threads(number), ThreadPoolExecutor(number - 1) as pool:
+            pairs = zip(twins, hands, strict=True)
+            tasks = [pool.submit(take, twin, hand) for twin, hand in pairs]
+            try:  # the caller's thread takes its share: its heap has room that loading left
+                take(self.adapters, own)
+            except Exception as error:
+                failed = error
             wait(tasks)
-        for twin in everyone[1:]:
+        for twin in twins:
             self.adapters.grad_P += twin.grad_P
             twin.grad_P.zero_()
+        if failed is not None:
+            raise failed
         for task in tasks:
             task.result()
         return [found[i] for i in range(len(batches))]
