@@ -2,7 +2,7 @@
 
    For processors with instructions for pairs of bfloat16 products (AVX512-BF16); elsewhere there is
    no `expand` in the library, and the branches are library products. Those are made for squarer
-   matrices and reach a third to two thirds of the rate here, which makes a branch dearer than its
+   matrices and reach two thirds of the rate here (LOG.md), which makes a branch dearer than its
    arithmetic. An instruction adds two products to each of 16 float sums, so its right operand holds
    pairs of the inner dimension: [pair][column][2].
 

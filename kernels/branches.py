@@ -3,7 +3,7 @@
     y += s m,    s = y m,    g += scale s^T y
 
 On processors with instructions for pairs of bfloat16 products they run in C (branches.c), where
-library products would reach a third to two thirds of their rate; else as library products.
+library products would reach two thirds of the rate (LOG.md); else as library products.
 
 The wide matrices' elements of a row lie side by side.
 

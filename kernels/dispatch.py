@@ -1,6 +1,7 @@
-"""Which implementation an op runs: its Triton kernels or its torch operations.
+"""Which implementation an op runs: its Triton kernels, C (native.py) or its torch operations.
 
-    auto       the default: the kernels for tensors on a GPU once PROVEN, torch's operations else
+    auto       the default: the kernels for tensors on a GPU once PROVEN, C for those on a CPU where
+               it can be compiled, torch's operations else
     reference  torch's operations everywhere
     triton     the kernels everywhere; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1
 

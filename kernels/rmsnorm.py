@@ -246,7 +246,7 @@ def norm_backward_on_cpu(
     *,
     again: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Do as norm_backward does without a kernel of Triton's.
+    """Do as norm_backward does without a kernel of Triton's: in C, or in torch on any device.
 
     Returns:
         The gradient, and y once more if again.
